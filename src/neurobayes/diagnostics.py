@@ -1,0 +1,152 @@
+"""Whether a sampling run can be trusted, judged on predictions first.
+
+Weights of a network can be permuted without changing the function, so R-hat
+of weights means little; R-hat and effective sample size of predicted values
+and of the noise mean what they say. The formulas are those of ArviZ (Vehtari,
+Gelman, Simpson, Carpenter & Bürkner 2021, "Rank-normalization, folding, and
+localization", Bayesian Analysis 16, doi:10.1214/20-BA1221).
+"""
+
+import dataclasses
+
+import numpy as np
+
+R_HAT_LIMIT = 1.05
+MIN_ESS = 100.0
+SATURATION_LIMIT = 0.1
+E_BFMI_LIMIT = 0.3
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnostics:
+    """Summary of a sampling run.
+
+    Attributes
+    ----------
+    r_hat : largest split R-hat over predicted values and noise; NaN where it cannot be judged.
+    ess_bulk, ess_tail : smallest effective sample sizes over the same.
+    ess_bulk_median : the median over predicted values.
+    num_divergent : draws whose trajectory diverged.
+    saturated : share of draws that used the whole tree depth.
+    e_bfmi : smallest energy Bayesian fraction of missing information over chains.
+    num_chains, num_draws : the run's size.
+    ok : whether every figure is within its limit.
+    verdict : one sentence: trust it or not, and what to change.
+    """
+
+    r_hat: float
+    ess_bulk: float
+    ess_tail: float
+    ess_bulk_median: float
+    num_divergent: int
+    saturated: float
+    e_bfmi: float
+    num_chains: int
+    num_draws: int
+    ok: bool
+    verdict: str
+
+    def summary(self) -> dict[str, float]:
+        """The figures as a plain dictionary."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name not in ("ok", "verdict")}
+
+    def __str__(self) -> str:
+        figures = ", ".join(f"{name}={value:.4g}" for name, value in self.summary().items())
+        return f"{self.verdict}\n{figures}"
+
+
+def effective_sample_size(values: np.ndarray, method: str = "bulk") -> np.ndarray:
+    """Effective number of draws of each column; ``values`` is (chain, draw, quantity)."""
+    from arviz_stats.base import array_stats
+
+    prob = (0.05, 0.95) if method == "tail" else None
+    return np.asarray(array_stats.ess(np.asarray(values, float), chain_axis=0, draw_axis=1, method=method, prob=prob))
+
+
+def split_r_hat(values: np.ndarray) -> np.ndarray:
+    """Rank-normalised split R-hat of each column; ``values`` is (chain, draw, quantity). One chain is halved."""
+    from arviz_stats.base import array_stats
+
+    if len(values) == 1:
+        half = values.shape[1] // 2
+        values = np.concatenate([values[:, :half], values[:, half : 2 * half]])
+    return np.asarray(array_stats.rhat(np.asarray(values, float), chain_axis=0, draw_axis=1))
+
+
+def energy_fraction(energy: np.ndarray) -> float:
+    """Smallest E-BFMI over chains (Betancourt 2016, arXiv:1604.00695); ``energy`` is (chain, draw)."""
+    change = np.diff(energy, axis=1)
+    spread = energy.var(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        fraction = (change**2).mean(axis=1) / spread
+    return float(np.min(fraction)) if np.all(np.isfinite(fraction)) else float("nan")
+
+
+def diagnose(quantities: np.ndarray, stats: dict[str, np.ndarray], max_tree_depth: int) -> Diagnostics:
+    """Judge a run from draws of predicted values and noise, ``(chain, draw, quantity)``, and sampler reports."""
+    num_chains, num_draws = quantities.shape[:2]
+    varying = quantities[..., np.ptp(quantities, axis=(0, 1)) > 0]
+    if num_draws < 4 or varying.shape[-1] == 0:
+        r_hat = bulk = tail = np.array([np.nan])
+    else:
+        r_hat = split_r_hat(varying)
+        bulk, tail = effective_sample_size(varying, "bulk"), effective_sample_size(varying, "tail")
+    divergent = int(np.sum(stats.get("diverging", np.zeros((1, 1), bool))))
+    steps = stats.get("num_steps")
+    saturated = float(np.mean(steps >= 2**max_tree_depth - 1)) if steps is not None else 0.0
+    e_bfmi = energy_fraction(stats["energy"]) if "energy" in stats and num_draws > 2 else float("nan")
+    figures = {
+        "r_hat": float(np.max(r_hat)),
+        "ess_bulk": float(np.min(bulk)),
+        "ess_tail": float(np.min(tail)),
+        "ess_bulk_median": float(np.median(bulk)),
+        "num_divergent": divergent,
+        "saturated": saturated,
+        "e_bfmi": e_bfmi,
+        "num_chains": num_chains,
+        "num_draws": num_draws,
+    }
+    complaints = _complaints(figures)
+    return Diagnostics(**figures, ok=not complaints, verdict=_sentence(complaints, figures))
+
+
+def _complaints(f: dict) -> list[tuple[str, str]]:
+    """What is wrong, each with its remedy, the gravest first."""
+    found = []
+    total = f["num_chains"] * f["num_draws"]
+    if np.isnan(f["ess_bulk"]):
+        found.append(("the draws do not vary or are fewer than four", "draw more samples (num_samples)"))
+    if f["num_divergent"] > 0.001 * total:
+        found.append(
+            (
+                f"{f['num_divergent']} of {total} trajectories diverged",
+                "raise target_accept, lower priors_sigma, or make fewer weights Bayesian",
+            )
+        )
+    if f["r_hat"] > R_HAT_LIMIT:
+        found.append((f"R-hat of the predictions reaches {f['r_hat']:.2f}", "raise num_warmup and num_samples"))
+    if f["ess_bulk"] < MIN_ESS:
+        found.append((f"some prediction has only {f['ess_bulk']:.0f} effective draws", "raise num_samples"))
+    if f["saturated"] > SATURATION_LIMIT:
+        found.append(
+            (
+                f"{100 * f['saturated']:.0f} % of the draws used the whole tree depth",
+                "raise num_warmup or make fewer weights Bayesian",
+            )
+        )
+    if f["e_bfmi"] < E_BFMI_LIMIT:
+        found.append((f"E-BFMI is {f['e_bfmi']:.2f}", "give the noise a prior that keeps it from zero"))
+    return found
+
+
+def _sentence(complaints: list[tuple[str, str]], f: dict) -> str:
+    if not complaints:
+        chains = "" if f["num_chains"] > 1 else " (one chain: num_chains=4 would compare independent runs)"
+        return (
+            f"The draws can be trusted: R-hat {f['r_hat']:.3f}, at least {f['ess_bulk']:.0f} effective draws of every "
+            f"prediction, {f['num_divergent']} divergences{chains}."
+        )
+    problems = "; ".join(problem for problem, _ in complaints)
+    remedies = "; ".join(dict.fromkeys(remedy for _, remedy in complaints))
+    return f"Do not trust these draws yet: {problems}. To mend it: {remedies}."

@@ -1,0 +1,154 @@
+"""Runs once what does not depend on the random weights.
+
+A traced function ``fn(theta, *frozen)`` is a list of primitive equations.
+Those that cannot be reached from ``theta`` are evaluated once and their
+results carried; only the rest runs for every draw or gradient. With a Bayesian
+last layer this turns a transformer into a matrix product.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import numpy as np
+
+from ._typing import Array, Params, State
+from .networks.base import Network
+from .partition import Partition
+
+_INLINED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
+
+
+class Hoisted:
+    """A function split at ``theta``: ``late(theta, early(*frozen)) == fn(theta, *frozen)``.
+
+    ``early`` is compiled; ``late`` is to be traced inside a larger program. The
+    object is hashable by identity, so it can key compiled programs.
+    """
+
+    def __init__(self, fn: Callable[..., Any], theta: Any, frozen: Sequence[Any]):
+        closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(theta, *frozen)
+        num_theta = len(jax.tree.leaves(theta))
+        before, after, carried, outvars = _split(closed.jaxpr, num_theta)
+        jaxpr = closed.jaxpr
+        frozen_vars = jaxpr.invars[num_theta:]
+        early = _close(jaxpr.constvars, frozen_vars, carried, before, closed.consts)
+        late = _close([], [*jaxpr.invars[:num_theta], *carried], outvars, after, [])
+        self._out_tree = jax.tree.structure(out_shape)
+        self._early = jax.jit(jex.jaxpr_as_fun(early))
+        self._late = jex.jaxpr_as_fun(late)
+        self.num_late_equations = len(after)
+        self.num_early_equations = len(before)
+        self.carry_bytes = sum(
+            int(np.prod(v.aval.shape)) * v.aval.dtype.itemsize for v in carried if v not in frozen_vars
+        )
+
+    def early(self, *frozen: Any) -> list[Array]:
+        """Everything ``late`` needs that does not depend on ``theta``; one compiled call."""
+        return self._early(*jax.tree.leaves(frozen))
+
+    def late(self, theta: Any, carry: list[Array]) -> Any:
+        """The function's value; differentiable in ``theta``."""
+        return jax.tree.unflatten(self._out_tree, self._late(*jax.tree.leaves(theta), *carry))
+
+
+def _close(constvars, invars, outvars, eqns, consts) -> jex.ClosedJaxpr:
+    return jex.ClosedJaxpr(jex.Jaxpr(constvars, invars, outvars, eqns), consts)
+
+
+def _split(jaxpr: jex.Jaxpr, num_theta: int):
+    """The equations before and after ``theta`` enters, the variables carried between, the outputs."""
+    depends = set(jaxpr.invars[:num_theta])
+    known = {*jaxpr.invars[num_theta:], *jaxpr.constvars}
+    before, after = [], []
+    equations, outvars = _inline(jaxpr)
+    for eqn in equations:
+        if any(_is_var(v) and v in depends for v in eqn.invars) or eqn.effects:
+            after.append(eqn)
+            depends.update(eqn.outvars)
+        else:
+            before.append(eqn)
+            known.update(eqn.outvars)
+    used = [v for eqn in after for v in eqn.invars] + list(outvars)
+    carried = list(dict.fromkeys(v for v in used if _is_var(v) and v in known))
+    return before, after, carried, outvars
+
+
+def _inline(jaxpr: jex.Jaxpr):
+    """The equations of ``jaxpr`` with nested calls replaced by their bodies, and its outputs.
+
+    A network jitted by its author is one equation, which could not be split.
+    Calls with their own derivative rules (``custom_jvp_call``, ``custom_vjp_call``)
+    and loops stay whole: they run late as soon as one input depends on theta.
+    """
+    equations: list[Any] = []
+    renamed: dict[Any, Any] = {}
+
+    def current(v):
+        return renamed.get(v, v) if _is_var(v) else v
+
+    for eqn in jaxpr.eqns:
+        eqn = eqn.replace(invars=[current(v) for v in eqn.invars])
+        inner = _body(eqn)
+        if inner is None:
+            equations.append(eqn)
+            continue
+        body, consts = inner
+        if consts:  # constants of an inner call would need variables of their own: leave it whole
+            equations.append(eqn)
+            continue
+        fresh: dict[Any, Any] = dict(zip(body.invars, eqn.invars, strict=True))
+        inner_eqns, inner_out = _inline(body)
+        for sub in inner_eqns:
+            # The same inner function may be called twice: each copy needs its own variables.
+            outs = [jex.Var(v.aval) if not _is_drop(v) else v for v in sub.outvars]
+            invars = [fresh.get(v, v) if _is_var(v) else v for v in sub.invars]
+            fresh.update(zip(sub.outvars, outs, strict=True))
+            equations.append(sub.replace(invars=invars, outvars=outs))
+        for outer, v in zip(eqn.outvars, inner_out, strict=True):
+            renamed[outer] = fresh.get(v, v) if _is_var(v) else v
+    return equations, [current(v) for v in jaxpr.outvars]
+
+
+def _body(eqn) -> tuple[jex.Jaxpr, Sequence[Any]] | None:
+    """The jaxpr a call equation runs, with its constants; None if it is not a plain call."""
+    if eqn.primitive.name not in _INLINED:
+        return None
+    inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+    if isinstance(inner, jex.ClosedJaxpr):
+        return inner.jaxpr, inner.consts
+    return (inner, ()) if inner is not None else None
+
+
+def _is_var(v: Any) -> bool:
+    return not isinstance(v, jex.Literal)
+
+
+def _is_drop(v: Any) -> bool:
+    return type(v).__name__ == "DropVar"
+
+
+@functools.lru_cache(maxsize=64)
+def _hoisted_network(network: Network, partition_tree, leaf_tree, leaf_shapes) -> Hoisted:
+    partition, params, state, x = jax.tree.unflatten(
+        leaf_tree, [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in leaf_shapes]
+    )
+
+    def outputs(theta, partition, params, state, x):
+        return network.apply(partition.merge(theta, params), state, x)
+
+    theta = jax.eval_shape(lambda partition, params: partition.split(params), partition, params)
+    return Hoisted(outputs, theta, (partition, params, state, x))
+
+
+def hoist_network(network: Network, partition: Partition, params: Params, state: State, x: Array) -> Hoisted:
+    """The forward pass of ``network`` split at the random weights, for inputs shaped like ``x``.
+
+    Cached by network, partition structure and shapes, so that repeated calls
+    return the same object and nothing is traced or compiled twice.
+    """
+    leaves, tree = jax.tree.flatten((partition, params, state, x))
+    leaf_shapes = tuple((tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in leaves)
+    return _hoisted_network(network, jax.tree.structure(partition), tree, leaf_shapes)

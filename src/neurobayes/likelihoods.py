@@ -1,0 +1,71 @@
+"""How targets are distributed given the network's outputs.
+
+A likelihood is a frozen, hashable value: compiled programs are cached by it.
+Noise is a standard deviation everywhere, in the units the targets are in when
+the likelihood sees them (standardised by default), never a variance.
+"""
+
+import abc
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from ._typing import Array
+
+LOG_2PI = math.log(2.0 * math.pi)
+
+
+class Likelihood(abc.ABC):
+    """The distribution of one row's target given the network's output for that row."""
+
+    is_regression: bool = True
+
+    @abc.abstractmethod
+    def log_prob(self, outputs: Array, y: Array, noise_std: Array) -> Array:
+        """Log density of each row's target in nats, shape ``(n,)``, summed over its outputs."""
+
+    @abc.abstractmethod
+    def num_noise(self, num_outputs: int) -> int:
+        """How many noise standard deviations are unknown for a network with ``num_outputs`` outputs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian(Likelihood):
+    """Independent Gaussian noise, one standard deviation for each output, the same for all rows."""
+
+    def log_prob(self, outputs: Array, y: Array, noise_std: Array) -> Array:
+        scaled = (y - outputs) / noise_std
+        return -jnp.sum(0.5 * scaled**2 + jnp.log(noise_std) + 0.5 * LOG_2PI, axis=-1)
+
+    def num_noise(self, num_outputs: int) -> int:
+        return num_outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Categorical(Likelihood):
+    """One class out of ``num_outputs``; the outputs are logits and ``y`` holds integer labels ``(n,)``."""
+
+    is_regression = False
+
+    def log_prob(self, outputs: Array, y: Array, noise_std: Array) -> Array:
+        log_probabilities = jax.nn.log_softmax(outputs, axis=-1)
+        return jnp.take_along_axis(log_probabilities, y[:, None], axis=-1)[:, 0]
+
+    def num_noise(self, num_outputs: int) -> int:
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class RowLoss(Likelihood):
+    """A user's own loss, read as a negative log density: ``loss(outputs, y)`` gives one number per row."""
+
+    loss: Callable[[Array, Array], Array]
+
+    def log_prob(self, outputs: Array, y: Array, noise_std: Array) -> Array:
+        return -self.loss(outputs, y)
+
+    def num_noise(self, num_outputs: int) -> int:
+        return 0

@@ -1,0 +1,166 @@
+"""What the models share: prepared data, a network with its layers, trained weights that know their units."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from .. import _checks, data, trees
+from .._typing import Params
+from ..data import Scaling
+from ..errors import DataError, OptionError
+from ..network_info import NetworkInfo
+from ..networks import as_network
+from ..networks.base import Network
+from ..training import Rows, TrainingStatistics
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class TrainedParams(dict):
+    """Trained weights, a nested dict of arrays, with the units they were trained in.
+
+    ``scaling`` is how inputs and targets were standardised for them and
+    ``statistics`` what training recorded of each weight; a model that is given
+    these weights uses both. Maps over the tree keep them.
+    """
+
+    scaling: Scaling | None = None
+    statistics: TrainingStatistics | None = None
+
+    @classmethod
+    def of(cls, params: Any, scaling: Scaling, statistics: TrainingStatistics | None) -> Any:
+        """``params`` with their scaling; trees that are no dicts are returned as they are."""
+        if not isinstance(params, dict):
+            return params
+        kept = cls(jax.tree.map(np.asarray, dict(params)))
+        kept.scaling, kept.statistics = scaling, statistics
+        return kept
+
+    def tree_flatten_with_keys(self):
+        """Children in key order, as for a plain dict."""
+        names = tuple(sorted(self))
+        return [(jax.tree_util.DictKey(name), self[name]) for name in names], (names, _Opaque(self))
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        """The same weights container around other leaves."""
+        names, source = aux
+        made = cls(zip(names, children, strict=True))
+        made.scaling, made.statistics = source.scaling, source.statistics
+        return made
+
+
+class _Opaque:
+    """Carries scaling and statistics through tree maps without taking part in comparisons of tree structure."""
+
+    def __init__(self, source: TrainedParams):
+        self.scaling, self.statistics = source.scaling, source.statistics
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Opaque)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class Prepared(NamedTuple):
+    """Checked and scaled training data, padded to a bucket of rows."""
+
+    rows: Rows
+    scaling: Scaling
+    row_shape: tuple[int, ...]
+    num_rows: int
+    num_outputs: int
+    target_ndim: int
+
+
+@dataclasses.dataclass(frozen=True)
+class InputTemplate:
+    """The shape of one batch of inputs, known before any data."""
+
+    row_shape: tuple[int, ...]
+    tokens: bool
+
+    @property
+    def example(self) -> jax.ShapeDtypeStruct:
+        """A batch of one row."""
+        return jax.ShapeDtypeStruct((1, *self.row_shape), np.int32 if self.tokens else np.float32)
+
+
+def network_info(network: Network, example: Any, params: Params | None = None, statistics=None) -> NetworkInfo:
+    """Layers and shapes of a network for inputs like ``example`` (one row)."""
+    if params is None:
+        params_or_shapes, _ = jax.eval_shape(network.init, _abstract_key(), example)
+    else:
+        params_or_shapes = params
+
+    def scores(name: str):
+        if statistics is None:
+            return None
+        tree = {"variance": statistics.weight_variance, "gradient": statistics.mean_abs_gradient}.get(name)
+        return None if tree is None else trees.flatten(tree)
+
+    return NetworkInfo(network.layers(example), trees.shapes(params_or_shapes), params, scores)
+
+
+def output_width(network: Network, example: Any) -> int:
+    """Number of outputs for inputs like ``example``; networks with another form of output raise."""
+    params, state = jax.eval_shape(network.init, _abstract_key(), example)
+    outputs = jax.eval_shape(network.apply, params, state, example)
+    if not hasattr(outputs, "shape") or len(outputs.shape) != 2:
+        found = getattr(outputs, "shape", type(outputs).__name__)
+        raise OptionError(f"the network must return an array of shape (n, outputs); for one row it returns {found}.")
+    return int(outputs.shape[1])
+
+
+def _abstract_key():
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def prepare(
+    network: Network, X: Any, y: Any, *, num_classes: int | None, standardize: bool, scaling: Scaling | None = None
+) -> Prepared:
+    """Check training data, scale it, and pad its rows.
+
+    ``scaling`` is that of given weights; None fits one, or the identity with ``standardize=False``.
+    """
+    spec = network.input_spec
+    inputs = _checks.as_inputs(X, spec)
+    classify = num_classes is not None
+    if classify:
+        targets = _checks.as_class_labels(y, len(inputs), num_classes)
+    else:
+        targets = _checks.as_targets(y, len(inputs))
+    if scaling is None:
+        scaling = Scaling.fit(inputs, None if classify else targets, tokens=spec.tokens, standardize=standardize)
+    scaled_x = scaling.inputs(inputs)
+    scaled_y = targets if classify else scaling.targets(targets)
+    width = output_width(network, jax.ShapeDtypeStruct((1, *inputs.shape[1:]), scaled_x.dtype))
+    wanted = num_classes if classify else scaled_y.shape[1]
+    if width != wanted:
+        raise DataError(
+            f"the network has {width} outputs but "
+            + (f"num_classes={num_classes}." if classify else f"y has {wanted} columns.")
+            + f" Build the network with target_dim={wanted}."
+        )
+    size = data.bucket_size(len(inputs))
+    rows = Rows(*(data.pad_rows(a, size) for a in (scaled_x, scaled_y)), data.row_weights(len(inputs), size))
+    return Prepared(jax.device_put(rows), scaling, inputs.shape[1:], len(inputs), wanted, targets.ndim)
+
+
+def as_user_network(architecture: Any) -> Network:
+    """The network behind whatever the user passed as one."""
+    return as_network(architecture)
+
+
+def to_target_shape(values: np.ndarray, target_ndim: int) -> np.ndarray:
+    """``(..., n, d)`` as the training target was: the last axis dropped for a 1-D target."""
+    return values[..., 0] if target_ndim == 1 else values
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Class probabilities in float64, rows summing to one."""
+    shifted = np.asarray(logits, float) - np.max(logits, axis=-1, keepdims=True)
+    exponential = np.exp(shifted)
+    return exponential / exponential.sum(axis=-1, keepdims=True)

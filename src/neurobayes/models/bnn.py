@@ -1,0 +1,40 @@
+"""The fully Bayesian network: the partition in which every weight is random."""
+
+from typing import Any
+
+from .. import selectors
+from .partial_bnn import PartialBNN
+
+
+class BNN(PartialBNN):
+    """A network all of whose weights are Bayesian.
+
+    Same as ``PartialBNN(network, bayesian=nb.everything(), prior_mean="zero")``: the
+    prior is centred at zero, so that the trained weights are only where the
+    sampler starts and the data are used once.
+
+    Parameters
+    ----------
+    network, num_classes, deterministic_weights, noise_prior, standardize : as for ``PartialBNN``.
+    prior_mean : centre of the weights' prior, ``"zero"`` or ``"map"``.
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        num_classes: int | None = None,
+        *,
+        deterministic_weights: Any = None,
+        noise_prior: Any = None,
+        prior_mean: str = "zero",
+        standardize: bool | str = "auto",
+    ):
+        super().__init__(
+            network,
+            num_classes,
+            bayesian=selectors.everything(),
+            deterministic_weights=deterministic_weights,
+            noise_prior=noise_prior,
+            prior_mean=prior_mean,
+            standardize=standardize,
+        )

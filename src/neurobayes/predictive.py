@@ -1,0 +1,239 @@
+"""Predictions from draws, in bounded memory.
+
+The part of the forward pass that no random weight enters is computed once for
+each block of rows; the draws then run through the rest in blocks of their own,
+and only running moments are kept. Memory follows the block sizes, not the
+number of rows times the number of draws.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import data
+from ._typing import Array, Params, State
+from .hoisting import Hoisted, hoist_network
+from .likelihoods import Likelihood
+from .networks.base import Network
+from .partition import Partition
+
+ROWS_PER_BLOCK = 4096
+VALUES_PER_BLOCK = 2**22
+"""Row-draw pairs evaluated at once; bounds the working memory of a prediction."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RegressionPrediction:
+    """Moments of the predictive distribution, in the user's units, shaped like the training target.
+
+    Attributes
+    ----------
+    mean : posterior mean of the network's output.
+    epistemic_var : variance of the output between draws: what more data would reduce.
+    aleatoric_var : mean noise variance over draws: what it would not.
+    quantiles : level -> quantile of the predictive mixture (noise included), where asked for.
+    draws : (num_draws, …) draws of new observations (noise included), where asked for.
+    """
+
+    mean: np.ndarray
+    epistemic_var: np.ndarray
+    aleatoric_var: np.ndarray
+    quantiles: dict[float, np.ndarray] | None = None
+    draws: np.ndarray | None = None
+
+    @property
+    def var(self) -> np.ndarray:
+        """Predictive variance: epistemic plus aleatoric."""
+        return self.epistemic_var + self.aleatoric_var
+
+    @property
+    def std(self) -> np.ndarray:
+        """Predictive standard deviation."""
+        return np.sqrt(self.var)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassPrediction:
+    """The predictive distribution over classes, and its uncertainty split in two; entropies in nats.
+
+    Attributes
+    ----------
+    probabilities : (n, classes) mean over draws of the class probabilities.
+    total_entropy : (n,) entropy of ``probabilities``.
+    expected_entropy : (n,) mean entropy of the draws' probabilities: the aleatoric part.
+    mutual_information : (n,) their difference: the epistemic part, what the draws disagree about.
+    draws : (num_draws, n, classes) class probabilities of single draws, where asked for.
+    """
+
+    probabilities: np.ndarray
+    total_entropy: np.ndarray
+    expected_entropy: np.ndarray
+    mutual_information: np.ndarray
+    draws: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, probabilities: np.ndarray, expected_entropy: np.ndarray, draws: np.ndarray | None) -> Self:
+        """From the draws' mean probabilities and mean entropy; rows are renormalised in float64."""
+        probabilities = probabilities.astype(float)
+        probabilities /= probabilities.sum(axis=1, keepdims=True)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            total = -np.sum(np.where(probabilities > 0, probabilities * np.log(probabilities), 0.0), axis=1)
+        expected = np.clip(expected_entropy.astype(float), 0.0, total)
+        return cls(probabilities, total, expected, total - expected, draws)
+
+
+class Source(NamedTuple):
+    """What predictions are made from: a network, its frozen weights, and draws of the random ones."""
+
+    network: Network
+    partition: Partition
+    params: Params
+    state: State
+    theta: np.ndarray
+    noise_std: np.ndarray
+
+
+def deterministic_outputs(network: Network, params: Params, state: State, x: np.ndarray) -> np.ndarray:
+    """Outputs of the network with one set of weights, shape ``(n, outputs)``, in row blocks."""
+    blocks = [np.asarray(_apply(network, params, state, block))[:size] for block, size in _row_blocks(x)]
+    return np.concatenate(blocks)
+
+
+_apply = functools.partial(jax.jit, static_argnums=0)(
+    lambda network, params, state, x: network.apply(params, state, x)
+)
+
+
+def regression_moments(source: Source, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance over draws of the outputs, each ``(n, outputs)``, in working units."""
+    mean, squares = _reduce(source, x, _identity)
+    return mean, np.maximum(squares, 0.0) / len(source.theta)
+
+
+def class_moments(source: Source, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean class probabilities ``(n, classes)`` and mean entropy of the draws ``(n,)`` in nats."""
+    means, _ = _reduce(source, x, _probabilities_and_entropy)
+    return means[:, :-1], means[:, -1]
+
+
+def function_draws(source: Source, x: np.ndarray, theta: np.ndarray) -> np.ndarray:
+    """The network's outputs for given draws, shape ``(draws, n, outputs)``; memory is that of the result."""
+    parts = []
+    for block, size in _row_blocks(x):
+        hoisted, carry = _hoist(source, block)
+        per_block = _draws_per_block(block)
+        outs = [
+            np.asarray(_outputs(hoisted, chunk, carry))[:count, :size] for chunk, count in _draw_blocks(theta, per_block)
+        ]
+        parts.append(np.concatenate(outs))
+    return np.concatenate(parts, axis=1)
+
+
+def mixture_quantiles(source: Source, x: np.ndarray, levels: Sequence[float]) -> np.ndarray:
+    """Quantiles of the predictive Gaussian mixture over draws, ``(levels, n, outputs)``, in working units."""
+    rows = max(1, VALUES_PER_BLOCK // max(1, len(source.theta)))
+    parts = []
+    for first in range(0, len(x), rows):
+        means = function_draws(source, x[first : first + rows], source.theta)
+        parts.append(np.asarray(_solve_quantiles(means, source.noise_std[:, None, :], np.asarray(levels, np.float32))))
+    return np.concatenate(parts, axis=1)
+
+
+@jax.jit
+def _solve_quantiles(means: Array, noise_std: Array, levels: Array) -> Array:
+    """Bisection on the mixture's distribution function; 40 halvings reach float32 resolution."""
+    low = jnp.min(means - 6.0 * noise_std, axis=0)
+    high = jnp.max(means + 6.0 * noise_std, axis=0)
+
+    def solve(level):
+        def halve(_, bounds):
+            low, high = bounds
+            middle = 0.5 * (low + high)
+            below = jnp.mean(jax.scipy.stats.norm.cdf(middle, means, noise_std), axis=0) < level
+            return jnp.where(below, middle, low), jnp.where(below, high, middle)
+
+        return jax.lax.fori_loop(0, 40, halve, (low, high))[0]
+
+    return jax.lax.map(solve, levels)
+
+
+def _identity(outputs: Array) -> Array:
+    return outputs
+
+
+def _probabilities_and_entropy(outputs: Array) -> Array:
+    log_probabilities = jax.nn.log_softmax(outputs, axis=-1)
+    probabilities = jnp.exp(log_probabilities)
+    entropy = -jnp.sum(probabilities * log_probabilities, axis=-1, keepdims=True)
+    return jnp.concatenate([probabilities, entropy], axis=-1)
+
+
+def _reduce(source: Source, x: np.ndarray, quantity) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and sum of squared deviations over draws of ``quantity(outputs)``, each ``(n, quantities)``."""
+    means, squares = [], []
+    for block, size in _row_blocks(x):
+        hoisted, carry = _hoist(source, block)
+        moments = None
+        for chunk, count in _draw_blocks(source.theta, _draws_per_block(block)):
+            moments = _accumulate(hoisted, quantity, chunk, carry, np.float32(count), moments)
+        assert moments is not None
+        means.append(np.asarray(moments[1])[:size])
+        squares.append(np.asarray(moments[2])[:size])
+    return np.concatenate(means), np.concatenate(squares)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _accumulate(hoisted: Hoisted, quantity, theta: Array, carry: Any, count: Array, moments):
+    """Chan's pairwise update of (count, mean, sum of squares) with a block of draws; ``count`` of them are real."""
+    values = quantity(jax.vmap(lambda t: hoisted.late(t, carry))(theta))
+    real = (jnp.arange(theta.shape[0]) < count).astype(values.dtype).reshape(-1, *[1] * (values.ndim - 1))
+    mean = jnp.sum(real * values, axis=0) / count
+    squares = jnp.sum(real * (values - mean) ** 2, axis=0)
+    if moments is None:
+        return count, mean, squares
+    old_count, old_mean, old_squares = moments
+    total = old_count + count
+    shift = mean - old_mean
+    return (
+        total,
+        old_mean + shift * (count / total),
+        old_squares + squares + shift**2 * (old_count * count / total),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _outputs(hoisted: Hoisted, theta: Array, carry: Any) -> Array:
+    return jax.vmap(lambda t: hoisted.late(t, carry))(theta)
+
+
+def _hoist(source: Source, block: np.ndarray):
+    network, partition, params, state = source[:4]
+    hoisted = hoist_network(network, partition, params, state, block)
+    return hoisted, hoisted.early(partition, params, state, block)
+
+
+def _row_blocks(x: np.ndarray):
+    """Blocks of rows padded to a bucket size, each with its number of real rows."""
+    for first in range(0, len(x), ROWS_PER_BLOCK):
+        block = x[first : first + ROWS_PER_BLOCK]
+        yield data.pad_rows(block, min(data.bucket_size(len(block)), ROWS_PER_BLOCK)), len(block)
+
+
+def _draws_per_block(block: np.ndarray) -> int:
+    return max(1, min(256, VALUES_PER_BLOCK // max(len(block), 1) // 32))
+
+
+def _draw_blocks(theta: np.ndarray, size: int):
+    """Blocks of draws, the last padded with copies of its first draw, each with its number of real draws."""
+    size = min(size, data.bucket_size(len(theta)))
+    for first in range(0, len(theta), size):
+        block = theta[first : first + size]
+        count = len(block)
+        if count < size:
+            block = np.concatenate([block, np.broadcast_to(block[:1], (size - count, *block.shape[1:]))])
+        yield block, count

@@ -1,0 +1,117 @@
+"""The deterministic stage of a fit: choose the regularisation where asked, then train on all rows."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from . import regularisation, schedules, training
+from ._typing import Key, Params, State
+from .likelihoods import Likelihood
+from .networks.base import Network
+from .regularisation import Regularisation
+
+FULL_BATCH_ROWS = 1024
+"""Up to this many rows every step takes all of them; above, steps take ``BATCH_ROWS``."""
+
+BATCH_ROWS = 256
+DEFAULT_EPOCHS = 500
+DEFAULT_STEPS = 20_000
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainingOptions:
+    """How to train the network before its Bayesian part is sampled.
+
+    Attributes
+    ----------
+    epochs : number of epochs, or the most that are considered where the data choose; None for the default.
+    learning_rate : step size, optax schedule, or None for the default cosine.
+    batch_size : rows per step; None for the default by the number of rows.
+    averaging : weight averaging, or None.
+    sigma : prior standard deviation of every weight, ``"auto"`` to choose it from the data, None for no prior.
+    track_statistics : keep per-weight statistics, which automatic selection needs.
+    """
+
+    epochs: int | None = None
+    learning_rate: schedules.LearningRate | None = None
+    batch_size: int | None = None
+    averaging: schedules.AveragingConfig | None = None
+    sigma: float | str | None = "auto"
+    track_statistics: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A trained network and what was chosen for it."""
+
+    params: Params
+    state: State
+    history: dict[str, np.ndarray]
+    statistics: training.TrainingStatistics | None
+    sigma: float | None
+    num_epochs: int
+    search: Regularisation | None
+
+
+def default_batch_size(num_rows: int, batch_size: int | None) -> int | None:
+    """The rows per step, None for all of them."""
+    if batch_size is None:
+        return None if num_rows <= FULL_BATCH_ROWS else BATCH_ROWS
+    return None if batch_size >= num_rows else batch_size
+
+
+def default_epochs(steps_per_epoch: int) -> int:
+    """Epochs of a run whose length is not given: 500, fewer where an epoch has many steps."""
+    return int(min(DEFAULT_EPOCHS, max(50, DEFAULT_STEPS // steps_per_epoch)))
+
+
+def pretrain(
+    network: Network,
+    likelihood: Likelihood,
+    key: Key,
+    rows: training.Rows,
+    noise_std: np.ndarray,
+    options: PretrainingOptions,
+    *,
+    seed: int,
+    on_progress: Callable[[int, int, float], None] | None = None,
+) -> Pretrained:
+    """Train on all rows with the prior scale and length that unseen rows favour, or those that are given.
+
+    With ``sigma="auto"`` both are chosen; with a given ``sigma`` and no
+    ``epochs``, the length is; with both given, nothing is searched. Averaging
+    needs the whole run, so it leaves the length as it is.
+    """
+    num_rows = int(np.asarray(rows.real).sum())
+    key, key_search = jax.random.split(key)
+    program = training.Program(
+        network, likelihood, batch_size=default_batch_size(num_rows, options.batch_size),
+        track_statistics=options.track_statistics,
+    )  # fmt: skip
+    steps = training.num_steps_per_epoch(program, len(rows.real))
+    num_epochs = options.epochs or default_epochs(steps)
+    rates = schedules.learning_rates(options.learning_rate, num_epochs, steps)
+    search, sigma = None, options.sigma
+    if sigma == "auto" or options.epochs is None:
+        sigmas = regularisation.SIGMA_GRID if sigma == "auto" else (float(sigma) if sigma else np.inf,)
+        search = regularisation.choose(program, key_search, rows, noise_std, sigmas, rates, seed)
+        sigma = search.sigma
+        if options.averaging is None:
+            rates = rates[: search.num_epochs]
+    collect = None
+    if options.averaging is not None:
+        rates, collect = options.averaging.apply(rates)
+    settings = training.Settings(
+        row_weights=np.asarray(rows.real, np.float32),
+        prior_precision=np.float32(1.0 / sigma**2 if sigma else 0.0),  # type: ignore[operator]
+        noise_std=np.asarray(noise_std, np.float32),
+        burn_in=np.int32(len(rates) // 2),
+    )
+    report = None if on_progress is None else lambda done, loss: on_progress(done, len(rates), loss)
+    result, state = training.train(
+        program, key, rows, settings, learning_rates=rates, collect=collect, on_progress=report
+    )
+    chosen = None if sigma is None or not np.isfinite(float(sigma)) else float(sigma)
+    return Pretrained(result.params, state, result.history, result.statistics, chosen, len(rates), search)

@@ -1,0 +1,126 @@
+"""Priors of the random weights and of the noise.
+
+The prior of every random scalar is Gaussian and independent of the others;
+its centre and standard deviation may differ from scalar to scalar and are
+data to the compiled programs, so changing them recompiles nothing.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import trees
+from ._typing import Array, Params
+from .errors import OptionError, SelectionError, nearest
+from .likelihoods import LOG_2PI
+from .partition import Partition
+
+
+class WeightPrior(NamedTuple):
+    """Independent Gaussians over the random scalars, both fields of shape ``(size,)``."""
+
+    mean: Array
+    std: Array
+
+    def log_prob(self, theta: Array) -> Array:
+        """Log density in nats, a scalar, with every constant."""
+        return gaussian_log_prob(theta, self.mean, self.std)
+
+
+def gaussian_log_prob(x: Array, mean: Array | float, std: Array | float) -> Array:
+    """Sum over all entries of the log density of independent Gaussians."""
+    scaled = (x - mean) / std
+    return -jnp.sum(0.5 * scaled**2 + jnp.log(std) + 0.5 * LOG_2PI)
+
+
+def prior_std_tree(params: Params, priors_sigma: float | Mapping[str, float], *, default: float = 1.0) -> Params:
+    """The prior standard deviation of every scalar, a pytree of numpy arrays shaped like ``params``.
+
+    ``priors_sigma`` is one number for all, or a mapping from layer or leaf
+    names to numbers; a leaf takes the entry of its longest matching name, and
+    ``default`` where none matches.
+    """
+    leaves = trees.flatten(params)
+    if isinstance(priors_sigma, Mapping):
+        per_leaf = _resolve_names(list(leaves), priors_sigma, default)
+    else:
+        per_leaf = dict.fromkeys(leaves, _positive("priors_sigma", priors_sigma))
+    filled = {path: np.full(leaf.shape, per_leaf[path], np.float32) for path, leaf in leaves.items()}
+    return trees.unflatten(filled, params)
+
+
+def weight_prior(
+    partition: Partition, params: Params, priors_sigma: float | Mapping[str, float], prior_mean: str
+) -> WeightPrior:
+    """The prior of the random scalars of ``params``.
+
+    ``prior_mean`` is ``"map"`` (centred at the values in ``params``) or ``"zero"``.
+    """
+    std = split(partition, prior_std_tree(params, priors_sigma))
+    centre = split(partition, params)
+    return WeightPrior(centre if prior_mean == "map" else np.zeros_like(centre), std)
+
+
+split = jax.jit(lambda partition, params: partition.split(params))
+
+
+def target_scale(y: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Standard deviation of each column of the real rows of ``y``; one where a column is constant."""
+    std = y[real > 0].std(axis=0, dtype=np.float64)
+    return np.where(std > 0, std, 1.0).astype(np.float32)
+
+
+def default_noise_prior(scale: np.ndarray) -> Any:
+    """Half-normal on the noise std with the targets' own standard deviations ``(d,)`` as its scales."""
+    import numpyro.distributions as dist
+
+    return dist.HalfNormal(np.asarray(scale, np.float32))
+
+
+def check_noise_prior(noise_prior: Any, num_outputs: int) -> Any:
+    """``noise_prior`` itself, if it is a NumPyro distribution of positive scalars, one or one per output."""
+    import numpyro.distributions as dist
+
+    if not isinstance(noise_prior, dist.Distribution):
+        raise OptionError(
+            f"noise_prior must be a NumPyro distribution over positive numbers, such as "
+            f"numpyro.distributions.HalfNormal(1.0); got {type(noise_prior).__name__}."
+        )
+    low = getattr(noise_prior.support, "lower_bound", None)
+    positive = noise_prior.support in (dist.constraints.positive, dist.constraints.nonnegative) or (
+        low is not None and bool(np.all(np.asarray(low) >= 0.0))
+    )
+    if not positive:
+        raise OptionError(
+            f"noise_prior={type(noise_prior).__name__} gives weight to negative numbers, but noise is a standard "
+            "deviation. Use HalfNormal, LogNormal, Gamma, InverseGamma or HalfCauchy."
+        )
+    if tuple(noise_prior.event_shape) or tuple(noise_prior.batch_shape) not in ((), (1,), (num_outputs,)):
+        raise OptionError(
+            f"noise_prior has shape {tuple(noise_prior.batch_shape) + tuple(noise_prior.event_shape)}; "
+            f"give a scalar distribution or one of shape ({num_outputs},), one entry per output."
+        )
+    return noise_prior
+
+
+def _resolve_names(paths: list[str], sigmas: Mapping[str, float], default: float) -> dict[str, float]:
+    chosen = dict.fromkeys(paths, default)
+    for name in sorted(sigmas, key=len):  # longer names are more specific, so they come last
+        under = [path for path in paths if trees.is_under(path, name)]
+        if not under:
+            known = sorted({trees.parent(path) for path in paths})
+            raise SelectionError(
+                f"priors_sigma names {name!r}, but the network has no such layer{nearest(name, known)}. "
+                f"It has {', '.join(known)}."
+            )
+        chosen.update(dict.fromkeys(under, _positive(f"priors_sigma[{name!r}]", sigmas[name])))
+    return chosen
+
+
+def _positive(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer) or not 0 < value < np.inf:
+        raise OptionError(f"{name} must be a positive number, got {value!r}.")
+    return float(value)

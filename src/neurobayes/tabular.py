@@ -1,0 +1,375 @@
+"""CSV files as X and y: numbers stay numbers, text becomes one-hot columns, faults name column and line."""
+
+import csv
+import dataclasses
+import itertools
+import math
+import os
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from . import errors
+
+MISSING = frozenset({"", "?", "na", "n/a", "nan", "null"})
+"""Cells that count as missing, whatever their case."""
+MAX_CATEGORIES = 30
+"""A text column with more distinct values than this is refused instead of one-hot encoded."""
+MAX_CLASSES = 50
+"""A target with more distinct classes than this is refused."""
+
+_DELIMITERS = (",", ";", "\t")
+_SHOWN = 3  # how many faulty cells a message lists
+_FEW_VALUES = 10  # a whole-number target with no more distinct values than this may have been meant as classes
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Table:
+    """The cells of a CSV file as text.
+
+    Attributes
+    ----------
+    path : the file, for messages.
+    columns : name -> cells, stripped of surrounding blanks, in the order of the file.
+    lines : the 1-based line of the file on which each row starts.
+    """
+
+    path: str
+    columns: dict[str, list[str]]
+    lines: list[int]
+
+    def __len__(self) -> int:
+        """Number of rows of data."""
+        return len(self.lines)
+
+    def take(self, rows: Iterable[int]) -> "Table":
+        """The rows at these positions, in this order."""
+        rows = list(rows)
+        columns = {name: [cells[row] for row in rows] for name, cells in self.columns.items()}
+        return Table(self.path, columns, [self.lines[row] for row in rows])
+
+
+def read(path: str | os.PathLike[str]) -> Table:
+    """The CSV file at ``path``: a header row, then one row of data per record.
+
+    The delimiter (comma, semicolon or tab) is found from the first rows. A
+    byte-order mark, Windows line ends, quoted fields and empty lines are fine.
+
+    Raises
+    ------
+    DataError
+        If the file cannot be read as UTF-8 text, is empty or has no data rows,
+        if a column has no name or the name of another one, or if a row has
+        more or fewer fields than the header.
+    """
+    path = os.fspath(path)
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            delimiter = _delimiter(file)
+            file.seek(0)
+            records = _records(file, delimiter)
+    except FileNotFoundError:
+        raise errors.DataError(f"There is no file {path!r}. Check the path.") from None
+    except UnicodeDecodeError:
+        raise errors.DataError(f"{path} is not UTF-8 text. Save it as 'CSV UTF-8'.") from None
+    except OSError as error:
+        raise errors.DataError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except csv.Error as error:
+        raise errors.DataError(f"{path} cannot be read as CSV: {error}. Look for an unclosed quote.") from None
+    if not records:
+        raise errors.DataError(f"{path} is empty. A header row and at least one row of data are needed.")
+    (_, header), *rows = records
+    header = _checked_header(path, header)
+    if not rows:
+        raise errors.DataError(f"{path} has a header but no rows of data.")
+    for line, record in rows:
+        if len(record) != len(header):
+            raise errors.DataError(
+                f"{path} line {line} has {len(record)} fields but the header has {len(header)}. "
+                "Quote fields that contain the delimiter."
+            )
+    columns = {name: [record[i].strip() for _, record in rows] for i, name in enumerate(header)}
+    return Table(path, columns, [line for line, _ in rows])
+
+
+def _records(file, delimiter: str) -> list[tuple[int, list[str]]]:
+    """(1-based first line, fields) of each record that is not an empty line."""
+    reader = csv.reader(file, delimiter=delimiter, strict=True)
+    records, line = [], 1
+    for record in reader:
+        if record:
+            records.append((line, record))
+        line = reader.line_num + 1  # a quoted field may hold line breaks
+    return records
+
+
+def _delimiter(file) -> str:
+    """The delimiter that cuts the first rows into equally many fields, or else the header into most."""
+    head = list(itertools.islice(file, 50))
+
+    def score(delimiter: str) -> tuple[bool, int]:
+        try:
+            widths = [len(record) for record in csv.reader(head, delimiter=delimiter) if record]
+        except csv.Error:
+            return False, 0
+        return bool(widths) and widths[0] > 1 and len(set(widths)) == 1, widths[0] if widths else 0
+
+    return max(_DELIMITERS, key=score)  # the first of equals: comma before the others
+
+
+def _checked_header(path: str, header: Sequence[str]) -> list[str]:
+    names = [name.strip() for name in header]
+    for position, name in enumerate(names, start=1):
+        if not name:
+            raise errors.DataError(
+                f"{path}: column {position} has no name in the header. Name it or remove it "
+                "(row numbers written by pandas are left out with to_csv(index=False))."
+            )
+        if names.index(name) != position - 1:
+            first = names.index(name) + 1
+            raise errors.DataError(f"{path}: columns {first} and {position} are both named {name!r}. Rename one.")
+    return names
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column that is used as a feature: numeric if ``levels`` is empty, else one 0/1 column per level."""
+
+    name: str
+    levels: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """How the columns of one table become X and y, and those of another in the same way.
+
+    Attributes
+    ----------
+    columns : the columns used as features.
+    target : name of the target column.
+    classes : the class names by label; empty for regression.
+    dropped : columns left out because they are constant.
+    ignored : columns left out on request.
+    notes : what a user should be told, one sentence each.
+    """
+
+    columns: tuple[Column, ...]
+    target: str
+    classes: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def task(self) -> str:
+        """``"classification"`` if the target was read as classes, else ``"regression"``."""
+        return "classification" if self.classes else "regression"
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """One name per column of X; a one-hot column is called ``column=level``."""
+        return tuple(name for c in self.columns for name in ([f"{c.name}={level}" for level in c.levels] or [c.name]))
+
+    def transform(self, table: Table) -> tuple[np.ndarray, np.ndarray]:
+        """X, float64 (n, num_features), and y, float64 or int32 class labels (n,).
+
+        Raises
+        ------
+        DataError
+            If the columns differ from those that were encoded, a cell is
+            missing or not a number, or a category or class is a new one.
+        """
+        self._check_columns(table)
+        used = [column.name for column in self.columns]
+        _check_missing(table, [*used, self.target])
+        blocks = [_one_hot(table, c) if c.levels else _numbers(table, c.name)[:, None] for c in self.columns]
+        X = np.concatenate(blocks, axis=1)
+        return X, _labels(table, self.target, self.classes) if self.classes else _numbers(table, self.target)
+
+    def _check_columns(self, table: Table) -> None:
+        expected = {column.name for column in self.columns} | {self.target, *self.dropped}
+        given = set(table.columns) - set(self.ignored)
+        for name in sorted(expected - given):
+            raise errors.DataError(f"{table.path} has no column {name!r}{errors.nearest(name, given)}. Add it.")
+        for name in sorted(given - expected):
+            raise errors.DataError(f"{table.path} has a column {name!r} that the training file lacks. Remove it.")
+
+
+def encode(table: Table, target: str, *, task: str = "auto", ignore: Iterable[str] = ()) -> Encoding:
+    """Decide how each column of ``table`` is used.
+
+    A column of numbers is used as it is; a column of text with up to
+    ``MAX_CATEGORIES`` distinct values is one-hot encoded; a column in which at
+    least half of the cells, but not all, are numbers is an error; a constant
+    column is left out.
+
+    Parameters
+    ----------
+    table : the training rows (and the test rows, where they come from the same file).
+    target : name of the column to predict.
+    task : ``"regression"``, ``"classification"``, or ``"auto"``: classification
+        if the target is text, else regression, even for a target of few whole numbers.
+    ignore : names of columns that are not to be used.
+
+    Raises
+    ------
+    DataError
+        If there are fewer than two rows, a column does not exist, a cell is missing or not a number, a text
+        column has too many distinct values, the target has too many or only
+        one class, or no column is left.
+    OptionError
+        If ``task`` is unknown.
+    """
+    if task not in ("auto", "regression", "classification"):
+        raise errors.unknown_choice("task", task, ("auto", "regression", "classification"))
+    if len(table) < 2:
+        raise errors.DataError(f"{table.path} has only {len(table)} row of data. At least 2 are needed to train on.")
+    ignored = tuple(ignore)
+    for name in (target, *ignored):
+        if name not in table.columns:
+            known = list(table.columns)
+            listing = ", ".join(known[:20]) + (", …" if len(known) > 20 else "")
+            raise errors.DataError(
+                f"{table.path} has no column {name!r}{errors.nearest(name, known)}. Its columns: {listing}."
+            )
+    if target in ignored:
+        raise errors.DataError(f"{target!r} is the target and cannot be dropped.")
+    features = [name for name in table.columns if name != target and name not in ignored]
+    _check_missing(table, [*features, target])
+    classes = _classes(table, target, task)
+    columns, dropped = _columns(table, features)
+    if not columns:
+        raise errors.DataError(f"{table.path} has no column to predict {target!r} from that is not constant.")
+    return Encoding(columns, target, classes, dropped, ignored, tuple(_notes(table, target, task, classes, dropped)))
+
+
+def _columns(table: Table, features: Sequence[str]) -> tuple[tuple[Column, ...], tuple[str, ...]]:
+    columns, dropped = [], []
+    for name in features:
+        distinct = set(table.columns[name])
+        if _is_numeric(table, name):
+            constant = len(set(_numbers(table, name).tolist())) == 1
+            column = Column(name)
+        else:
+            constant = len(distinct) == 1
+            column = Column(name, tuple(sorted(distinct)))
+        if constant:
+            dropped.append(name)
+            continue
+        if len(column.levels) > MAX_CATEGORIES:
+            raise errors.DataError(
+                f"{table.path}: column {name!r} has {len(distinct)} distinct text values, more than the "
+                f"{MAX_CATEGORIES} that are one-hot encoded. Group them, or leave the column out (--drop {name!r})."
+            )
+        columns.append(column)
+    return tuple(columns), tuple(dropped)
+
+
+def _notes(table: Table, target: str, task: str, classes: tuple[str, ...], dropped: tuple[str, ...]) -> Iterable[str]:
+    if dropped:
+        yield f"Left out, because constant: {', '.join(dropped)}."
+    if task == "auto" and not classes:
+        values = np.unique(_numbers(table, target))
+        if len(values) <= min(_FEW_VALUES, len(table) // 2) and np.all(values == np.round(values)):
+            yield (
+                f"{target!r} has only {len(values)} distinct whole numbers and is fitted as a quantity; "
+                "--task classification fits them as classes."
+            )
+
+
+def _check_missing(table: Table, names: Sequence[str]) -> None:
+    cells = [
+        (line, name)
+        for name in names
+        for line, cell in zip(table.lines, table.columns[name], strict=True)
+        if cell.lower() in MISSING
+    ]
+    if cells:
+        shown = ", ".join(f"column {name!r} line {line}" for line, name in sorted(cells)[:_SHOWN])
+        more = ", …" if len(cells) > _SHOWN else ""
+        raise errors.DataError(
+            f"{table.path} has {len(cells)} missing value{'s' if len(cells) > 1 else ''}: {shown}{more}. "
+            "Fill them in, or leave out these rows or columns."
+        )
+
+
+def _number(cell: str) -> float | None:
+    try:
+        return None if "_" in cell else float(cell)  # float() would take 1_000
+    except ValueError:
+        return None
+
+
+def _is_numeric(table: Table, name: str) -> bool:
+    """Whether at least half of the cells are numbers; what else such a column holds is then an error."""
+    cells = table.columns[name]
+    return 2 * sum(_number(cell) is not None for cell in cells) >= len(cells)
+
+
+def _numbers(table: Table, name: str) -> np.ndarray:
+    """The column as float64, shape (n,)."""
+    cells = table.columns[name]
+    values = [_number(cell) for cell in cells]
+    junk = [i for i, value in enumerate(values) if value is None or not math.isfinite(value)]
+    if junk:
+        cell = cells[junk[0]]
+        others = f" (and {len(junk) - 1} more in this column)" if len(junk) > 1 else ""
+        hint = " Write decimals with a point." if _number(cell.replace(",", ".", 1)) is not None else ""
+        raise errors.DataError(
+            f"{table.path}: column {name!r} line {table.lines[junk[0]]}: {cell!r} is not a finite number{others}. "
+            f"Correct it, or leave out such rows or the column.{hint}"
+        )
+    return np.array(values, np.float64)
+
+
+def _classes(table: Table, target: str, task: str) -> tuple[str, ...]:
+    """The class names in the order of their labels; empty where the target is a quantity."""
+    numeric = _is_numeric(table, target)
+    if task == "regression" or (task == "auto" and numeric):
+        return ()
+    values = set(_class_names(table.columns[target]))
+    if len(values) == 1:
+        raise errors.DataError(f"{table.path}: the target {target!r} has a single class, {values.pop()!r}. Give two.")
+    if len(values) > MAX_CLASSES:
+        raise errors.DataError(
+            f"{table.path}: the target {target!r} has {len(values)} distinct classes, more than {MAX_CLASSES}. "
+            "Group them, or fit numbers with --task regression."
+        )
+
+    def order(name: str) -> tuple[bool, float, str]:
+        value = _number(name)
+        return value is None, value or 0.0, name
+
+    return tuple(sorted(values, key=order))
+
+
+def _class_names(cells: Iterable[str]) -> list[str]:
+    """Class names as text, with one spelling for each number (``1``, ``1.0`` and ``+1`` are one class)."""
+
+    def name(cell: str) -> str:
+        value = _number(cell)
+        if value is None or not math.isfinite(value):
+            return cell
+        return str(int(value)) if value.is_integer() else repr(value)
+
+    return [name(cell) for cell in cells]
+
+
+def _labels(table: Table, target: str, classes: tuple[str, ...]) -> np.ndarray:
+    return _positions(table, target, _class_names(table.columns[target]), classes, "class")
+
+
+def _one_hot(table: Table, column: Column) -> np.ndarray:
+    labels = _positions(table, column.name, table.columns[column.name], column.levels, "category")
+    return np.eye(len(column.levels))[labels]
+
+
+def _positions(table: Table, name: str, cells: Sequence[str], known: tuple[str, ...], noun: str) -> np.ndarray:
+    index = {value: position for position, value in enumerate(known)}
+    for line, cell in zip(table.lines, cells, strict=True):
+        if cell not in index:
+            raise errors.DataError(
+                f"{table.path}: column {name!r} line {line}: the {noun} {cell!r} does not occur in the training "
+                f"data{errors.nearest(cell, known)}. Leave out such rows, or add training rows with it."
+            )
+    return np.array([index[cell] for cell in cells], np.int32)

@@ -1,0 +1,402 @@
+"""Deterministic training: maximum a posteriori, averaged weights, early stopping.
+
+The objective is the negative of the full-data log joint divided by the number
+of rows, in nats: ``-(sum_i w_i log p(y_i | f_i) + log p(params)) / n``. A
+mini-batch estimates the sum over rows without bias; the prior is never
+rescaled. All epochs run inside a handful of compiled calls. Everything a user
+may vary between runs (learning rates, prior scale, row weights, stopping) is
+an argument of the compiled program, so that changing it recompiles nothing and
+members with different values can be trained together under ``vmap``.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ._typing import Array, Key, Params, State
+from .errors import TrainingError
+from .likelihoods import LOG_2PI, Likelihood
+from .networks.base import Network
+
+EPOCHS_PER_CALL = 128
+"""Epochs run by one compiled call at most; between calls progress is shown and losses are checked."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a training run compiles to; two runs with equal programs and shapes share it.
+
+    Attributes
+    ----------
+    optimizer : ``"adam"``, ``"sgd"``, ``"lbfgs"``, or any optax transformation, which then sets its own step sizes.
+    batch_size : rows per step; None takes all rows in every step.
+    monitor : what is watched after each epoch: ``"validation"`` rows, the rows of weight zero (``"unseen"``), or None.
+    early_stopping : stop once the monitored loss has not improved for ``Settings.patience`` epochs.
+    track_statistics : keep the running variance of every weight and its mean absolute gradient.
+    """
+
+    network: Network
+    likelihood: Likelihood
+    optimizer: str | optax.GradientTransformation = "adam"
+    batch_size: int | None = None
+    monitor: Literal["validation", "unseen"] | None = None
+    early_stopping: bool = False
+    track_statistics: bool = False
+
+
+class Rows(NamedTuple):
+    """Rows as a compiled program sees them: padded, with ``real`` one for rows and zero for padding."""
+
+    x: Any
+    y: Any
+    real: Any
+
+
+class Settings(NamedTuple):
+    """What may change without recompiling; every field may carry a leading member axis.
+
+    Attributes
+    ----------
+    row_weights : (n,) multiplicity of each row; zero leaves a row out.
+    prior_precision : one over the prior variance of every weight; zero for no prior.
+    noise_std : (d,) the noise the objective assumes, in the targets' working units.
+    burn_in : epochs before statistics are gathered.
+    patience, min_delta : early stopping.
+    """
+
+    row_weights: Any
+    prior_precision: Any
+    noise_std: Any
+    burn_in: Any = np.int32(0)
+    patience: Any = np.int32(2**30)
+    min_delta: Any = np.float32(0.0)
+
+
+class Statistics(NamedTuple):
+    """Running moments of each weight over the steps after burn-in (Welford)."""
+
+    count: Array
+    mean: Params
+    sum_squares: Params
+    sum_abs_gradient: Params
+
+
+class Progress(NamedTuple):
+    """Everything a training run carries from step to step."""
+
+    params: Params
+    opt_state: Any
+    key: Key
+    epoch: Array
+    best_params: Params
+    best_loss: Array
+    best_epoch: Array
+    average: Params
+    num_averaged: Array
+    statistics: Statistics | None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingStatistics:
+    """Per-weight summaries of a training run, pytrees shaped like the parameters."""
+
+    weight_variance: Params
+    mean_abs_gradient: Params
+    num_steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingResult:
+    """The outcome of ``train``: chosen parameters, losses by epoch, and how it ended."""
+
+    params: Params
+    history: dict[str, np.ndarray]
+    statistics: TrainingStatistics | None
+    num_epochs: int
+    best_epoch: int | None
+    num_averaged: int
+    progress: Progress
+
+
+def make_optimizer(choice: str | optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The optax transformation for a choice; named ones leave the step size to the caller."""
+    if choice == "lbfgs":
+        return optax.with_extra_args_support(optax.lbfgs())
+    if isinstance(choice, str):
+        named = {"adam": optax.scale_by_adam, "sgd": optax.identity}
+        return optax.with_extra_args_support(named[choice]())
+    return optax.with_extra_args_support(choice)
+
+
+def objective(
+    program: Program, params: Params, state: State, rows: Rows, settings: Settings, num_rows: Any, key: Key | None
+) -> tuple[Array, Array]:
+    """The loss for a batch and the negative log likelihood of each of its rows.
+
+    ``num_rows`` is the number of real rows in the whole training set; the batch
+    sum is scaled by ``num_rows / batch rows``.
+    """
+    outputs = program.network.apply(params, state, rows.x, key=key)
+    row_loss = -program.likelihood.log_prob(outputs, rows.y, settings.noise_std)
+    in_batch = jnp.maximum(rows.real.sum(), 1.0)
+    data_term = jnp.sum(settings.row_weights * rows.real * row_loss) / in_batch
+    return data_term - log_prior(params, settings.prior_precision) / num_rows, row_loss
+
+
+def log_prior(params: Params, precision: Array) -> Array:
+    """Log density of ``N(0, 1 / precision)`` over all weights; zero where precision is zero (no prior)."""
+    leaves = jax.tree.leaves(params)
+    squares = sum(jnp.sum(leaf**2) for leaf in leaves)
+    size = sum(leaf.size for leaf in leaves)
+    constant = 0.5 * size * (jnp.log(jnp.where(precision > 0, precision, 1.0)) - LOG_2PI)
+    return jnp.where(precision > 0, constant - 0.5 * precision * squares, 0.0)
+
+
+def initialise(program: Program, key: Key, x: Array, params: Params | None) -> tuple[Progress, State]:
+    """The progress before the first epoch, for inputs like ``x``; ``params`` overrides the random initialisation."""
+    # What only matters later is left out of the compiled program's identity, so that a search and a run share it.
+    program = dataclasses.replace(program, batch_size=None, monitor=None, early_stopping=False)
+    return _initialise(program, key, np.zeros((1, *x.shape[1:]), x.dtype), params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _initialise(program: Program, key: Key, x: Array, params: Params | None) -> tuple[Progress, State]:
+    key_init, key_run = jax.random.split(key)
+    fresh, state = program.network.init(key_init, x)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), fresh if params is None else params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    statistics = Statistics(jnp.zeros(()), zeros, zeros, zeros) if program.track_statistics else None
+    progress = Progress(
+        params, make_optimizer(program.optimizer).init(params), key_run, jnp.int32(0),
+        params, jnp.float32(jnp.inf), jnp.int32(0), zeros, jnp.zeros(()), statistics,
+    )  # fmt: skip
+    return progress, state
+
+
+def _step(program, progress, state, rows, settings, num_rows, learning_rate):
+    """One optimiser step on one batch: (progress, batch loss)."""
+    key, key_dropout = jax.random.split(progress.key)
+
+    def loss_of(params):
+        key_used = key_dropout if program.network.has_dropout else None
+        return objective(program, params, state, rows, settings, num_rows, key_used)[0]
+
+    loss, gradient = jax.value_and_grad(loss_of)(progress.params)
+    updates, opt_state = make_optimizer(program.optimizer).update(
+        gradient, progress.opt_state, progress.params, value=loss, grad=gradient, value_fn=loss_of
+    )
+    if program.optimizer in ("adam", "sgd"):
+        updates = jax.tree.map(lambda u: -learning_rate * u, updates)
+    params = optax.apply_updates(progress.params, updates)
+    statistics = progress.statistics
+    if statistics is not None:
+        statistics = _update_statistics(statistics, params, gradient, progress.epoch >= settings.burn_in)
+    return progress._replace(params=params, opt_state=opt_state, key=key, statistics=statistics), loss
+
+
+def _update_statistics(statistics: Statistics, params: Params, gradient: Params, counts: Array) -> Statistics:
+    gate = counts.astype(jnp.float32)
+    count = statistics.count + gate
+    rate = gate / jnp.maximum(count, 1.0)
+    mean = jax.tree.map(lambda m, p: m + rate * (p - m), statistics.mean, params)
+    squares = jax.tree.map(
+        lambda s, m_old, m_new, p: s + gate * (p - m_old) * (p - m_new),
+        statistics.sum_squares, statistics.mean, mean, params,
+    )  # fmt: skip
+    absolute = jax.tree.map(lambda a, g: a + gate * jnp.abs(g), statistics.sum_abs_gradient, gradient)
+    return Statistics(count, mean, squares, absolute)
+
+
+def _epoch(program, progress, state, rows, settings, num_rows, learning_rates):
+    """All batches once, in a fresh random order: (progress, mean batch loss)."""
+    if program.batch_size is None:
+        return _step(program, progress, state, rows, settings, num_rows, learning_rates[0])
+    key, key_order = jax.random.split(progress.key)
+    progress = progress._replace(key=key)
+    size, batch = rows.real.shape[0], program.batch_size
+    # Real rows in random order first, padding last: batches without a real row are never run.
+    order = jnp.argsort(jnp.where(rows.real > 0, jax.random.uniform(key_order, (size,)), 2.0))
+    order = jnp.pad(order, (0, batch), mode="edge")
+
+    def body(i, carry):
+        progress, total = carry
+        at = jax.lax.dynamic_slice_in_dim(order, i * batch, batch)
+        inside = (i * batch + jnp.arange(batch) < num_rows).astype(jnp.float32)
+        picked = Rows(rows.x[at], rows.y[at], inside)
+        weights = settings._replace(row_weights=settings.row_weights[at])
+        progress, loss = _step(program, progress, state, picked, weights, num_rows, learning_rates[i])
+        return progress, total + loss
+
+    num_batches = jnp.ceil(num_rows / batch).astype(jnp.int32)
+    progress, total = jax.lax.fori_loop(0, num_batches, body, (progress, jnp.zeros(())))
+    return progress, total / num_batches
+
+
+def _monitored(program, params, state, rows, validation, settings):
+    """Mean negative log likelihood of the watched rows (no prior), in nats per row."""
+    if program.monitor == "unseen":
+        watched, weights = rows, rows.real * (settings.row_weights == 0)
+    else:
+        watched, weights = validation, validation.real
+    outputs = program.network.apply(params, state, watched.x)
+    row_loss = -program.likelihood.log_prob(outputs, watched.y, settings.noise_std)
+    return jnp.sum(weights * row_loss) / jnp.maximum(weights.sum(), 1.0)
+
+
+def run_epochs(program, progress, state, rows, validation, settings, learning_rates, collect, num_epochs):
+    """Up to ``num_epochs <= EPOCHS_PER_CALL`` epochs: (progress, training losses, monitored losses).
+
+    Losses are NaN for epochs that were not run. The ``"unseen"`` loss of an
+    epoch is that of the weights the epoch starts from, because the training
+    step computes that forward pass anyway; ``"validation"`` is measured after it.
+    """
+    num_rows = jnp.maximum(rows.real.sum(), 1.0)
+    blank = jnp.full(EPOCHS_PER_CALL, jnp.nan)
+
+    def body(carry):
+        i, progress, losses, watched = carry
+        before = progress.params
+        progress, loss = _epoch(program, progress, state, rows, settings, num_rows, learning_rates[i])
+        losses = losses.at[i].set(loss)
+        if program.monitor is not None:
+            seen = before if program.monitor == "unseen" else progress.params
+            value = _monitored(program, seen, state, rows, validation, settings)
+            watched = watched.at[i].set(value)
+            if program.early_stopping:
+                progress = _keep_best(progress, seen, value, settings.min_delta)
+        gate = collect[i]
+        count = progress.num_averaged + gate
+        rate = gate / jnp.maximum(count, 1.0)
+        average = jax.tree.map(lambda a, p: a + rate * (p - a), progress.average, progress.params)
+        progress = progress._replace(average=average, num_averaged=count, epoch=progress.epoch + 1)
+        return i + 1, progress, losses, watched
+
+    def goes_on(carry):
+        i, progress, _, _ = carry
+        more = i < num_epochs
+        if program.early_stopping:
+            more = more & (progress.epoch - progress.best_epoch <= settings.patience)
+        return more
+
+    _, progress, losses, watched = jax.lax.while_loop(goes_on, body, (jnp.int32(0), progress, blank, blank))
+    return progress, losses, watched
+
+
+def _keep_best(progress: Progress, params: Params, value: Array, min_delta: Array) -> Progress:
+    better = value < progress.best_loss - min_delta
+    best = jax.tree.map(lambda new, old: jnp.where(better, new, old), params, progress.best_params)
+    return progress._replace(
+        best_params=best,
+        best_loss=jnp.where(better, value, progress.best_loss),
+        best_epoch=jnp.where(better, progress.epoch, progress.best_epoch),
+    )
+
+
+_run_epochs = functools.partial(jax.jit, static_argnums=0)(run_epochs)
+
+
+def num_steps_per_epoch(program: Program, size: int) -> int:
+    """Steps in one epoch over ``size`` padded rows."""
+    return 1 if program.batch_size is None else -(-size // program.batch_size)
+
+
+def train(
+    program: Program,
+    key: Key,
+    rows: Rows,
+    settings: Settings,
+    *,
+    learning_rates: np.ndarray,
+    collect: np.ndarray | None = None,
+    validation: Rows | None = None,
+    params: Params | None = None,
+    on_progress: Callable[[int, float], None] | None = None,
+) -> tuple[TrainingResult, State]:
+    """Train for ``len(learning_rates)`` epochs, or until early stopping ends it.
+
+    Parameters
+    ----------
+    learning_rates : (epochs, steps per epoch) step sizes of the named optimisers.
+    collect : (epochs,) one where the weights after that epoch enter the average (SWA).
+    params : weights to start from instead of a random initialisation.
+    on_progress : called with (epochs done, training loss) between compiled calls.
+
+    Raises
+    ------
+    TrainingError
+        When the loss stops being finite; nothing is returned.
+    """
+    progress, state = initialise(program, key, rows.x, params)
+    num_epochs = len(learning_rates)
+    collect = np.zeros(num_epochs, np.float32) if collect is None else collect
+    losses, watched, done = [], [], 0
+    while done < num_epochs:
+        chunk = slice(done, done + EPOCHS_PER_CALL)
+        size = len(learning_rates[chunk])
+        progress, loss, value = _run_epochs(
+            program, progress, state, rows, validation, settings,
+            pad_chunk(learning_rates[chunk]), pad_chunk(collect[chunk]), np.int32(size),
+        )  # fmt: skip
+        ran = int(progress.epoch) - done
+        losses.append(np.asarray(loss)[:ran])
+        watched.append(np.asarray(value)[:ran])
+        _check_finite(losses[-1], done)
+        done += ran
+        if on_progress is not None:
+            on_progress(done, float(losses[-1][-1]))
+        if ran < size:
+            break
+    history = {"loss": np.concatenate(losses)}
+    if program.monitor is not None:
+        history[f"{program.monitor}_loss"] = np.concatenate(watched)
+    return _result(program, progress, history, done), state
+
+
+def pad_chunk(values: np.ndarray) -> np.ndarray:
+    """``values`` filled up with zeros to ``EPOCHS_PER_CALL`` entries."""
+    out = np.zeros((EPOCHS_PER_CALL, *values.shape[1:]), np.float32)
+    out[: len(values)] = values
+    return out
+
+
+def _check_finite(losses: np.ndarray, first_epoch: int) -> None:
+    bad = np.flatnonzero(~np.isfinite(losses))
+    if bad.size:
+        raise TrainingError(
+            f"the training loss became {losses[bad[0]]} at epoch {first_epoch + int(bad[0]) + 1}. Likely causes: a "
+            "learning rate that is too high (try a tenth of it), inputs far outside the usual range with "
+            "standardize=False, or a custom loss that is not finite for some rows."
+        )
+
+
+@jax.jit
+def _finish(statistics: Statistics) -> tuple[Params, Params]:
+    count = jnp.maximum(statistics.count, 1.0)
+    variance = jax.tree.map(lambda s: s / count, statistics.sum_squares)
+    return variance, jax.tree.map(lambda a: a / count, statistics.sum_abs_gradient)
+
+
+def _result(program: Program, progress: Progress, history, num_epochs: int) -> TrainingResult:
+    params, num_averaged = progress.params, int(progress.num_averaged)
+    if num_averaged:
+        params = progress.average
+    elif program.early_stopping:
+        params = progress.best_params
+    statistics = None
+    if progress.statistics is not None:
+        statistics = TrainingStatistics(*_finish(progress.statistics), int(progress.statistics.count))
+    return TrainingResult(
+        params=params,
+        history=history,
+        statistics=statistics,
+        num_epochs=num_epochs,
+        best_epoch=int(progress.best_epoch) + 1 if program.early_stopping else None,
+        num_averaged=num_averaged,
+        progress=progress,
+    )
