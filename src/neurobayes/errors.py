@@ -58,9 +58,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def unknown_choice(argument: str, got: object, known: Iterable[str]) -> OptionError:
     """The error for an option that is none of the known names."""
     known = list(known)
-    return OptionError(
-        f"{argument}={got!r} is not known{nearest(str(got), known)}. Choose one of: {', '.join(known)}."
-    )
+    return OptionError(f"{argument}={got!r} is not known{nearest(str(got), known)}. Choose one of: {', '.join(known)}.")
 
 
 def missing_extra(package: str, extra: str, needed_for: str) -> MissingExtraError:

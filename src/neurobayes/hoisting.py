@@ -31,14 +31,17 @@ class Hoisted:
     def __init__(self, fn: Callable[..., Any], theta: Any, frozen: Sequence[Any]):
         closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(theta, *frozen)
         num_theta = len(jax.tree.leaves(theta))
-        before, after, carried, outvars = _split(closed.jaxpr, num_theta)
-        jaxpr = closed.jaxpr
-        frozen_vars = jaxpr.invars[num_theta:]
-        early = _close(jaxpr.constvars, frozen_vars, carried, before, closed.consts)
-        late = _close([], [*jaxpr.invars[:num_theta], *carried], outvars, after, [])
+        jaxpr, consts = closed.jaxpr, closed.consts
+        equations, outvars, inner_consts = _inline(jaxpr)
+        constvars = [*jaxpr.constvars, *inner_consts]
+        theta_vars, frozen_vars = jaxpr.invars[:num_theta], jaxpr.invars[num_theta:]
+        before, after, carried = _split(equations, outvars, theta_vars, [*frozen_vars, *constvars])
+        # ``replace`` keeps the debug information, without which JAX warns.
+        early = jaxpr.replace(constvars=constvars, invars=frozen_vars, outvars=carried, eqns=before)
+        late = jaxpr.replace(constvars=[], invars=[*theta_vars, *carried], outvars=outvars, eqns=after)
         self._out_tree = jax.tree.structure(out_shape)
-        self._early = jax.jit(jex.jaxpr_as_fun(early))
-        self._late = jex.jaxpr_as_fun(late)
+        self._early = jax.jit(jex.jaxpr_as_fun(jex.ClosedJaxpr(early, [*consts, *inner_consts.values()])))
+        self._late = jex.jaxpr_as_fun(jex.ClosedJaxpr(late, []))
         self.num_late_equations = len(after)
         self.num_early_equations = len(before)
         self.carry_bytes = sum(
@@ -54,16 +57,10 @@ class Hoisted:
         return jax.tree.unflatten(self._out_tree, self._late(*jax.tree.leaves(theta), *carry))
 
 
-def _close(constvars, invars, outvars, eqns, consts) -> jex.ClosedJaxpr:
-    return jex.ClosedJaxpr(jex.Jaxpr(constvars, invars, outvars, eqns), consts)
-
-
-def _split(jaxpr: jex.Jaxpr, num_theta: int):
-    """The equations before and after ``theta`` enters, the variables carried between, the outputs."""
-    depends = set(jaxpr.invars[:num_theta])
-    known = {*jaxpr.invars[num_theta:], *jaxpr.constvars}
+def _split(equations: Sequence[Any], outvars: Sequence[Any], theta_vars: Sequence[Any], known_vars: Sequence[Any]):
+    """The equations before and after ``theta`` enters, and the variables carried between."""
+    depends, known = set(theta_vars), set(known_vars)
     before, after = [], []
-    equations, outvars = _inline(jaxpr)
     for eqn in equations:
         if any(_is_var(v) and v in depends for v in eqn.invars) or eqn.effects:
             after.append(eqn)
@@ -73,11 +70,11 @@ def _split(jaxpr: jex.Jaxpr, num_theta: int):
             known.update(eqn.outvars)
     used = [v for eqn in after for v in eqn.invars] + list(outvars)
     carried = list(dict.fromkeys(v for v in used if _is_var(v) and v in known))
-    return before, after, carried, outvars
+    return before, after, carried
 
 
-def _inline(jaxpr: jex.Jaxpr):
-    """The equations of ``jaxpr`` with nested calls replaced by their bodies, and its outputs.
+def _inline(jaxpr: jex.Jaxpr) -> tuple[list[Any], list[Any], dict[Any, Any]]:
+    """The equations of ``jaxpr`` with nested calls replaced by their bodies, its outputs, and the calls' constants.
 
     A network jitted by its author is one equation, which could not be split.
     Calls with their own derivative rules (``custom_jvp_call``, ``custom_vjp_call``)
@@ -85,6 +82,7 @@ def _inline(jaxpr: jex.Jaxpr):
     """
     equations: list[Any] = []
     renamed: dict[Any, Any] = {}
+    constants: dict[Any, Any] = {}
 
     def current(v):
         return renamed.get(v, v) if _is_var(v) else v
@@ -95,21 +93,21 @@ def _inline(jaxpr: jex.Jaxpr):
         if inner is None:
             equations.append(eqn)
             continue
-        body, consts = inner
-        if consts:  # constants of an inner call would need variables of their own: leave it whole
-            equations.append(eqn)
-            continue
+        body, values = inner
+        inner_eqns, inner_out, inner_constants = _inline(body)
+        constants.update(inner_constants)
+        # The same inner function may be called twice: each copy needs its own variables.
         fresh: dict[Any, Any] = dict(zip(body.invars, eqn.invars, strict=True))
-        inner_eqns, inner_out = _inline(body)
+        fresh.update((v, jex.Var(v.aval)) for v in body.constvars)
+        constants.update((fresh[v], value) for v, value in zip(body.constvars, values, strict=True))
         for sub in inner_eqns:
-            # The same inner function may be called twice: each copy needs its own variables.
             outs = [jex.Var(v.aval) if not _is_drop(v) else v for v in sub.outvars]
             invars = [fresh.get(v, v) if _is_var(v) else v for v in sub.invars]
             fresh.update(zip(sub.outvars, outs, strict=True))
             equations.append(sub.replace(invars=invars, outvars=outs))
         for outer, v in zip(eqn.outvars, inner_out, strict=True):
             renamed[outer] = fresh.get(v, v) if _is_var(v) else v
-    return equations, [current(v) for v in jaxpr.outvars]
+    return equations, [current(v) for v in jaxpr.outvars], constants
 
 
 def _body(eqn) -> tuple[jex.Jaxpr, Sequence[Any]] | None:
@@ -143,7 +141,7 @@ def _hoisted_network(network: Network, partition_tree, leaf_tree, leaf_shapes) -
     return Hoisted(outputs, theta, (partition, params, state, x))
 
 
-def hoist_network(network: Network, partition: Partition, params: Params, state: State, x: Array) -> Hoisted:
+def hoist_network(network: Network, partition: Partition, params: Params, state: State, x: Any) -> Hoisted:
     """The forward pass of ``network`` split at the random weights, for inputs shaped like ``x``.
 
     Cached by network, partition structure and shapes, so that repeated calls

@@ -86,8 +86,6 @@ class LogDensity:
         return evaluate(self.form, position, self.terms)
 
 
-
-
 def _to_support(noise_prior: Any):
     from numpyro.distributions.transforms import biject_to
 

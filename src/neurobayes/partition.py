@@ -159,7 +159,7 @@ class Partition:
             merged.append(flat.reshape(entry.shape))
         return jax.tree.unflatten(jax.tree.structure(params), merged)
 
-    def unravel(self, theta: Array) -> dict[str, Array]:
+    def unravel(self, theta: Any) -> dict[str, Any]:
         """The random scalars by leaf path.
 
         Parameters

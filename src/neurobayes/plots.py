@@ -55,7 +55,7 @@ def _with_unit(label: str, unit: str) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
+    return f"{round(100 * share, 1):g} %"
 
 
 def _shown(n: int) -> tuple[np.ndarray, str]:
@@ -195,7 +195,9 @@ def interval_width(
     shown, count = _shown(len(y))
     outside = shown[error[shown] > width[shown] / 2]
     inside = np.setdiff1d(shown, outside)
-    xlim = _padded_limits(width[shown])
+    middle = float(np.median(width))
+    # Widths that hardly differ are shown as such, instead of spread over the whole axis.
+    xlim = _padded_limits(np.concatenate([width[shown], [0.9 * middle, 1.1 * middle]]))
     edge = np.array([max(xlim[0], 0.0), xlim[1]])
     ax.plot(edge, edge / 2, color="0.4", linewidth=1, linestyle="--", label="edge of the interval")
     style = {"s": 20, "alpha": 0.8, "edgecolor": "white", "linewidth": 0.4}

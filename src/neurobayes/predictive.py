@@ -18,7 +18,6 @@ import numpy as np
 from . import data
 from ._typing import Array, Params, State
 from .hoisting import Hoisted, hoist_network
-from .likelihoods import Likelihood
 from .networks.base import Network
 from .partition import Partition
 
@@ -104,9 +103,7 @@ def deterministic_outputs(network: Network, params: Params, state: State, x: np.
     return np.concatenate(blocks)
 
 
-_apply = functools.partial(jax.jit, static_argnums=0)(
-    lambda network, params, state, x: network.apply(params, state, x)
-)
+_apply = functools.partial(jax.jit, static_argnums=0)(lambda network, params, state, x: network.apply(params, state, x))
 
 
 def regression_moments(source: Source, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -128,7 +125,8 @@ def function_draws(source: Source, x: np.ndarray, theta: np.ndarray) -> np.ndarr
         hoisted, carry = _hoist(source, block)
         per_block = _draws_per_block(block)
         outs = [
-            np.asarray(_outputs(hoisted, chunk, carry))[:count, :size] for chunk, count in _draw_blocks(theta, per_block)
+            np.asarray(_outputs(hoisted, chunk, carry))[:count, :size]
+            for chunk, count in _draw_blocks(theta, per_block)
         ]
         parts.append(np.concatenate(outs))
     return np.concatenate(parts, axis=1)

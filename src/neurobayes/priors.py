@@ -121,6 +121,10 @@ def _resolve_names(paths: list[str], sigmas: Mapping[str, float], default: float
 
 
 def _positive(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer) or not 0 < value < np.inf:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float | np.floating | np.integer)
+        or not 0 < value < np.inf
+    ):
         raise OptionError(f"{name} must be a positive number, got {value!r}.")
     return float(value)

@@ -66,7 +66,7 @@ class AveragingConfig:
     def apply(self, rates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Step sizes and collection flags for the whole run; at least the last epoch is collected."""
         num_epochs = len(rates)
-        start = min(int(math.ceil(self.start_pct * num_epochs)), num_epochs - 1)
+        start = min(math.ceil(self.start_pct * num_epochs), num_epochs - 1)
         stage = num_epochs - start
         rates, collect = rates.copy(), np.zeros(num_epochs, np.float32)
         base = rates[start:].copy()

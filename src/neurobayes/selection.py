@@ -27,7 +27,10 @@ _REQUIRED = ("method", "layer_names", "num_pairs_per_layer")
 class TrainedNetwork(Protocol):
     """What selection needs of a trained model."""
 
-    training_statistics: Any
+    @property
+    def training_statistics(self) -> Any:
+        """Per-weight statistics of the training run, or None."""
+        ...
 
     def network_info(self) -> NetworkInfo:
         """The layers, shapes and trained weights."""

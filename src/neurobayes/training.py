@@ -81,7 +81,7 @@ class Settings(NamedTuple):
 class Statistics(NamedTuple):
     """Running moments of each weight over the steps after burn-in (Welford)."""
 
-    count: Array
+    num_steps: Array
     mean: Params
     sum_squares: Params
     sum_abs_gradient: Params
@@ -169,11 +169,13 @@ def initialise(program: Program, key: Key, x: Array, params: Params | None) -> t
 def _initialise(program: Program, key: Key, x: Array, params: Params | None) -> tuple[Progress, State]:
     key_init, key_run = jax.random.split(key)
     fresh, state = program.network.init(key_init, x)
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), fresh if params is None else params)
+    start: Any = fresh if params is None else params
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), start)
     zeros = jax.tree.map(jnp.zeros_like, params)
     statistics = Statistics(jnp.zeros(()), zeros, zeros, zeros) if program.track_statistics else None
+    opt_state = make_optimizer(program.optimizer).init(params)  # pyright: ignore[reportArgumentType]
     progress = Progress(
-        params, make_optimizer(program.optimizer).init(params), key_run, jnp.int32(0),
+        params, opt_state, key_run, jnp.int32(0),
         params, jnp.float32(jnp.inf), jnp.int32(0), zeros, jnp.zeros(()), statistics,
     )  # fmt: skip
     return progress, state
@@ -202,7 +204,7 @@ def _step(program, progress, state, rows, settings, num_rows, learning_rate):
 
 def _update_statistics(statistics: Statistics, params: Params, gradient: Params, counts: Array) -> Statistics:
     gate = counts.astype(jnp.float32)
-    count = statistics.count + gate
+    count = statistics.num_steps + gate
     rate = gate / jnp.maximum(count, 1.0)
     mean = jax.tree.map(lambda m, p: m + rate * (p - m), statistics.mean, params)
     squares = jax.tree.map(
@@ -377,7 +379,7 @@ def _check_finite(losses: np.ndarray, first_epoch: int) -> None:
 
 @jax.jit
 def _finish(statistics: Statistics) -> tuple[Params, Params]:
-    count = jnp.maximum(statistics.count, 1.0)
+    count = jnp.maximum(statistics.num_steps, 1.0)
     variance = jax.tree.map(lambda s: s / count, statistics.sum_squares)
     return variance, jax.tree.map(lambda a: a / count, statistics.sum_abs_gradient)
 
@@ -390,7 +392,8 @@ def _result(program: Program, progress: Progress, history, num_epochs: int) -> T
         params = progress.best_params
     statistics = None
     if progress.statistics is not None:
-        statistics = TrainingStatistics(*_finish(progress.statistics), int(progress.statistics.count))
+        variance, gradient = _finish(progress.statistics)
+        statistics = TrainingStatistics(variance, gradient, int(progress.statistics.num_steps))
     return TrainingResult(
         params=params,
         history=history,

@@ -154,11 +154,11 @@ def test_buckets_hold_the_rows_with_little_waste():
 
 @pytest.mark.parametrize("shape", [(3,), (3, 2), (3, 4, 5, 2)])
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_padding_appends_rows_of_zeros(shape, dtype):
-    array = np.ones(shape, dtype)
+def test_padding_repeats_the_last_row(shape, dtype):
+    array = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
     padded = pad_rows(array, 8)
     assert padded.dtype == dtype and padded.shape == (8, *shape[1:])
-    assert (padded[:3] == 1).all() and (padded[3:] == 0).all()
+    assert (padded[:3] == array).all() and (padded[3:] == array[-1]).all()
     np.testing.assert_array_equal(pad_rows(array, 3), array)
     with pytest.raises(ValueError, match="3 rows, more than size=2"):
         pad_rows(array, 2)

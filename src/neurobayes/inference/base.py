@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 
@@ -10,8 +10,12 @@ from .._typing import Key
 from ..log_density import LogDensity
 from ..posterior import Posterior
 
-ProgressCallback = Callable[[str, int, int], None]
-"""Called as ``(stage, done, total)`` between compiled chunks."""
+
+class ProgressCallback(Protocol):
+    """Called between compiled chunks."""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """``done`` of ``total`` iterations of ``stage`` are behind."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -140,7 +140,7 @@ def _init(kernel: Kernel, key, position, terms):
         dense_mass=kernel.dense_mass,
         target_accept_prob=kernel.target_accept,
         max_tree_depth=kernel.max_tree_depth,
-        trajectory_length=None,
+        trajectory_length=None,  # pyright: ignore[reportArgumentType] - NUTS takes none
         find_heuristic_step_size=False,
         step_size=0.1,
         model_args=(terms,),
@@ -164,7 +164,7 @@ def _start_chains(kernel: Kernel, key, start, jitter, terms, num_chains: int):
 @functools.partial(jax.jit, static_argnums=0)
 def _run_chunk(kernel: Kernel, state, terms, num_steps):
     """``num_steps <= CHUNK`` iterations of each chain: (state, positions, stats), padded to CHUNK."""
-    init, sample = _numpyro_kernel(kernel)
+    _, sample = _numpyro_kernel(kernel)
     # Sets up what NumPyro keeps in the closure of its kernel, should this trace come first in a process.
     jax.eval_shape(functools.partial(_init, kernel), jax.random.key(0), state.z[0], terms)
 

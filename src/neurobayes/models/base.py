@@ -128,10 +128,11 @@ def prepare(
     spec = network.input_spec
     inputs = _checks.as_inputs(X, spec)
     classify = num_classes is not None
-    if classify:
-        targets = _checks.as_class_labels(y, len(inputs), num_classes)
-    else:
-        targets = _checks.as_targets(y, len(inputs))
+    targets = (
+        _checks.as_targets(y, len(inputs))
+        if num_classes is None
+        else _checks.as_class_labels(y, len(inputs), num_classes)
+    )
     if scaling is None:
         scaling = Scaling.fit(inputs, None if classify else targets, tokens=spec.tokens, standardize=standardize)
     scaled_x = scaling.inputs(inputs)
@@ -145,7 +146,7 @@ def prepare(
             + f" Build the network with target_dim={wanted}."
         )
     size = data.bucket_size(len(inputs))
-    rows = Rows(*(data.pad_rows(a, size) for a in (scaled_x, scaled_y)), data.row_weights(len(inputs), size))
+    rows = Rows(data.pad_rows(scaled_x, size), data.pad_rows(scaled_y, size), data.row_weights(len(inputs), size))
     return Prepared(jax.device_put(rows), scaling, inputs.shape[1:], len(inputs), wanted, targets.ndim)
 
 

@@ -15,8 +15,17 @@ from ..likelihoods import Categorical, Gaussian, Likelihood, RowLoss
 from ..network_info import NetworkInfo
 from ..predictive import deterministic_outputs
 from ..pretraining import default_batch_size
-from .base import InputTemplate, Prepared, TrainedParams, as_user_network, network_info, output_width, prepare
-from .base import softmax, to_target_shape
+from .base import (
+    InputTemplate,
+    Prepared,
+    TrainedParams,
+    as_user_network,
+    network_info,
+    output_width,
+    prepare,
+    softmax,
+    to_target_shape,
+)
 from .progress import progress
 
 LOSSES: dict[str, Likelihood] = {"mse": Gaussian(), "gaussian": Gaussian(), "cross_entropy": Categorical()}
@@ -218,7 +227,7 @@ class DeterministicNN:
         return self
 
     def predict(self, X: Any) -> np.ndarray:
-        """The network's output in the user's units, shaped like the training target; class probabilities for classes."""
+        """The network's output in the user's units, shaped like the training target; or class probabilities."""
         trained = self._require_trained()
         inputs = _checks.as_inputs(X, self._network.input_spec, expected_shape=self.input_shape)
         outputs = deterministic_outputs(
@@ -325,11 +334,12 @@ class DeterministicNN:
 def _likelihood_of(loss: Any) -> Likelihood:
     if loss is None:
         return Gaussian()
-    if callable(loss):
-        return RowLoss(loss)
-    if isinstance(loss, str) and loss in LOSSES:
-        return LOSSES[loss]
-    raise unknown_choice("loss", loss, LOSSES)
+    if isinstance(loss, str):
+        return LOSSES[_checks.check_one_of("loss", loss, LOSSES)]
+    if not callable(loss):
+        raise unknown_choice("loss", loss, LOSSES)
+    function: Callable[..., Any] = loss
+    return RowLoss(function)
 
 
 def _optimizer_of(optimizer: Any, learning_rate: Any) -> str | optax.GradientTransformation:

@@ -2,10 +2,15 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
 
-Report = Callable[[str, int, int, str], None]
-"""Called as ``(stage, done, total, note)``."""
+
+class Report(Protocol):
+    """Called whenever a stage has advanced."""
+
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """``done`` of ``total`` steps of ``stage`` are behind."""
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """The order in which a network uses its parameters, read off its trace."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ def order_of_use(apply: Callable[[Params, Array], Any], params: Params, x: Array
     return {paths[leaf]: rank for rank, leaf in enumerate(used)}
 
 
-def _uses(jaxpr: Any, origins: list[frozenset[int] | None]) -> Iterator[int]:
+def _uses(jaxpr: Any, origins: Sequence[frozenset[int] | None]) -> Iterator[int]:
     """Leaves in the order in which they meet data.
 
     ``origins`` says of each input which leaves it is made of; None stands for data.

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """PyTorch modules as networks, through torchax (``neurobayes[torch]``)."""
 
 import copy

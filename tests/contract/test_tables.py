@@ -1,0 +1,93 @@
+"""The printed table of layers, for networks and models of every kind."""
+
+import re
+
+import pytest
+
+import neurobayes as nb
+
+CONV = nb.FlaxConvNet(input_dim=2, conv_layers=[3, 4], fc_layers=[5], target_dim=1, kernel_size=3)
+TRANSFORMER = nb.FlaxTransformer(
+    vocab_size=9, max_length=5, target_dim=1, d_model=4, num_heads=2, num_layers=1, mlp_dim=6
+)
+
+
+def table(capsys, *args, **kwargs):
+    """The printed rows by layer: (kind, weights, Bayesian), and the text."""
+    nb.print_layer_configs(*args, **kwargs)
+    text = capsys.readouterr().out
+    header, *lines = text.splitlines()
+    assert header.split() == ["layer", "kind", "shapes", "weights", "Bayesian"]
+    rows = {}
+    for line in lines:
+        cells = re.split(r"  +", line)
+        rows[cells[0]] = (cells[1] if len(cells) == 5 else None, cells[-2], cells[-1])
+    return rows, text
+
+
+def test_bare_mlp_without_input_shape(capsys, mlp):
+    rows, text = table(capsys, mlp)
+    assert rows["Dense0"] == ("dense", "?", "-")
+    assert rows["Dense1"] == ("dense", "28", "-")
+    assert rows["total"] == (None, "?", "-")
+    assert "kernel (?, 6)" in text
+
+
+def test_bare_mlp_with_input_shape(capsys, mlp):
+    rows, text = table(capsys, mlp, input_shape=(3,))
+    assert rows["Dense0"] == ("dense", "24", "-")
+    assert rows["total"] == (None, "57", "-")
+    assert "kernel (3, 6)" in text
+
+
+def test_unfitted_and_fitted_partially_bayesian_model(capsys, mlp, regression, quick):
+    model = nb.PartialBNN(mlp, num_probabilistic_layers=1, probabilistic_neurons={"Dense0": [(0, 5), (2, 1)]})
+    rows, _ = table(capsys, model)
+    assert rows["Dense2"] == ("dense", "5", "-")
+    model.fit(*regression, **quick)
+    rows, _ = table(capsys, model)
+    assert rows["Dense0"] == ("dense", "24", "2")
+    assert rows["Dense1"] == ("dense", "28", "0")
+    assert rows["Dense2"] == ("dense", "5", "5")
+    assert rows["total"] == (None, "57", "7")
+    assert model.num_bayesian_weights == 7
+
+
+def test_deterministic_model_before_and_after_training(capsys, mlp, regression):
+    model = nb.DeterministicNN(mlp, input_shape=(3,))
+    before, _ = table(capsys, model)
+    after, _ = table(capsys, model.train(*regression, epochs=2, progress_bar=False))
+    assert before == after
+    assert before["total"] == (None, "57", "-")
+
+
+def test_conv(capsys):
+    rows, text = table(capsys, CONV)
+    assert rows["Conv0"][0] == "conv" and rows["Conv1"] == ("conv", str(3 * 3 * 3 * 4 + 4), "-")
+    assert "kernel (3, 3, 3, 4)" in text
+    assert rows["total"][1] == "?"
+    rows, _ = table(capsys, CONV, input_shape=(7, 5, 1))
+    # 7 x 5 is halved twice, rounded up: 2 x 2 cells of 4 channels.
+    assert rows["Dense0"] == ("dense", str(16 * 5 + 5), "-")
+    assert rows["total"][1] == str((9 * 3 + 3) + (27 * 4 + 4) + 85 + 6)
+
+
+def test_transformer(capsys):
+    rows, _ = table(capsys, TRANSFORMER)
+    assert list(rows) == [
+        "TokenEmbed", "PosEmbed", "Block0_Attention", "Block0_LayerNorm1", "Block0_MLP_dense1", "Block0_MLP_dense2",
+        "Block0_LayerNorm2", "FinalDense1", "FinalDense2", "total",
+    ]  # fmt: skip
+    assert rows["TokenEmbed"] == ("embedding", "36", "-")
+    assert rows["Block0_Attention"] == ("attention", str(4 * 20), "-")
+    assert rows["Block0_LayerNorm1"] == ("norm", "8", "-")
+
+
+def test_a_network_that_needs_an_input_shape_says_so(capsys):
+    import flax.linen as nn
+
+    own = nn.Sequential([nn.Dense(3), nn.tanh, nn.Dense(1)])
+    with pytest.raises(nb.errors.OptionError, match="input_shape"):
+        nb.print_layer_configs(own)
+    rows, _ = table(capsys, own, input_shape=(2,))
+    assert rows["total"][1] == str(2 * 3 + 3 + 3 + 1)
