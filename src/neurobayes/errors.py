@@ -49,6 +49,10 @@ class CalibrationWarning(UserWarning):
     """The intervals are known to be too narrow or too wide in this setting."""
 
 
+class MemoryBudgetWarning(UserWarning):
+    """Something was computed again and again because keeping it would have taken too much memory."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``" (closest: 'Dense3')"``, or nothing where no known name is near ``name``."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)

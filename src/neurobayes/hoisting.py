@@ -7,6 +7,7 @@ last layer this turns a transformer into a matrix product.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ class Hoisted:
     object is hashable by identity, so it can key compiled programs.
     """
 
+    recomputes = False
+
     def __init__(self, fn: Callable[..., Any], theta: Any, frozen: Sequence[Any]):
         closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(theta, *frozen)
         num_theta = len(jax.tree.leaves(theta))
@@ -44,9 +47,11 @@ class Hoisted:
         self._late = jex.jaxpr_as_fun(jex.ClosedJaxpr(late, []))
         self.num_late_equations = len(after)
         self.num_early_equations = len(before)
-        self.carry_bytes = sum(
-            int(np.prod(v.aval.shape)) * v.aval.dtype.itemsize for v in carried if v not in frozen_vars
-        )
+        self.carry_avals = tuple(v.aval for v in carried)
+        # Parameters and inputs are carried as they are and cost nothing.
+        self.carry_bytes = sum(_num_bytes(v.aval) for v in carried if v not in frozen_vars)
+        self.late_bytes = max((_num_bytes(v.aval) for eqn in after for v in eqn.outvars), default=0)
+        self.largest_bytes = max([self.late_bytes, *(_num_bytes(v.aval) for eqn in before for v in eqn.outvars)])
 
     def early(self, *frozen: Any) -> list[Array]:
         """Everything ``late`` needs that does not depend on ``theta``; one compiled call."""
@@ -118,6 +123,10 @@ def _body(eqn) -> tuple[jex.Jaxpr, Sequence[Any]] | None:
     if isinstance(inner, jex.ClosedJaxpr):
         return inner.jaxpr, inner.consts
     return (inner, ()) if inner is not None else None
+
+
+def _num_bytes(aval: Any) -> int:
+    return math.prod(aval.shape) * aval.dtype.itemsize if hasattr(aval, "shape") else 0
 
 
 def _is_var(v: Any) -> bool:

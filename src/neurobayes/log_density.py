@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._typing import Array, Params, State
-from .hoisting import Hoisted, hoist_network
+from .hoisting import Hoisted
 from .likelihoods import Likelihood
 from .networks.base import Network
 from .partition import Partition
 from .priors import WeightPrior
+from .row_blocks import Recomputed, hoist_rows
 
 
 class Terms(NamedTuple):
@@ -36,7 +37,7 @@ class Terms(NamedTuple):
 class Form:
     """The static part of a log density; hashable, so engines compile once per form and shape."""
 
-    hoisted: Hoisted
+    hoisted: Hoisted | Recomputed
     likelihood: Likelihood
     num_theta: int
     num_noise: int
@@ -118,10 +119,9 @@ def build(
     The part of the forward pass that the random weights do not enter is
     computed here, once, for all rows of ``x``.
     """
-    hoisted = hoist_network(network, partition, params, state, x)
+    hoisted, carry = hoist_rows(network, partition, params, state, x)
     num_outputs = 1 if np.ndim(y) == 1 else np.shape(y)[1]
     form = Form(hoisted, likelihood, partition.size, likelihood.num_noise(num_outputs))
-    carry = hoisted.early(partition, params, state, x)
     return LogDensity(form, Terms(carry, y, row_weights, prior, noise_prior))
 
 

@@ -15,15 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import data
+from . import data, trees
 from ._typing import Array, Params, State
 from .hoisting import Hoisted, hoist_network
 from .networks.base import Network
 from .partition import Partition
+from .row_blocks import BLOCK_BYTES, rows_per_block
 
-ROWS_PER_BLOCK = 4096
+MAX_DRAWS_PER_BLOCK = 256
 VALUES_PER_BLOCK = 2**22
-"""Row-draw pairs evaluated at once; bounds the working memory of a prediction."""
+"""Row-draw pairs kept at once where quantiles need all draws of a row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,9 @@ class Source(NamedTuple):
 
 def deterministic_outputs(network: Network, params: Params, state: State, x: np.ndarray) -> np.ndarray:
     """Outputs of the network with one set of weights, shape ``(n, outputs)``, in row blocks."""
-    blocks = [np.asarray(_apply(network, params, state, block))[:size] for block, size in _row_blocks(x)]
+    frozen = Partition.nothing(trees.shapes(params))
+    rows = rows_per_block(network, frozen, params, state, x)
+    blocks = [np.asarray(_apply(network, params, state, block))[:size] for block, size in _row_blocks(x, rows)]
     return np.concatenate(blocks)
 
 
@@ -121,9 +124,9 @@ def class_moments(source: Source, x: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def function_draws(source: Source, x: np.ndarray, theta: np.ndarray) -> np.ndarray:
     """The network's outputs for given draws, shape ``(draws, n, outputs)``; memory is that of the result."""
     parts = []
-    for block, size in _row_blocks(x):
+    for block, size in _row_blocks(x, _rows(source, x)):
         hoisted, carry = _hoist(source, block)
-        per_block = _draws_per_block(block)
+        per_block = _draws_per_block(hoisted)
         outs = [
             np.asarray(_outputs(hoisted, chunk, carry))[:count, :size]
             for chunk, count in _draw_blocks(theta, per_block)
@@ -174,10 +177,10 @@ def _probabilities_and_entropy(outputs: Array) -> Array:
 def _reduce(source: Source, x: np.ndarray, quantity) -> tuple[np.ndarray, np.ndarray]:
     """Mean and sum of squared deviations over draws of ``quantity(outputs)``, each ``(n, quantities)``."""
     means, squares = [], []
-    for block, size in _row_blocks(x):
+    for block, size in _row_blocks(x, _rows(source, x)):
         hoisted, carry = _hoist(source, block)
         moments = None
-        for chunk, count in _draw_blocks(source.theta, _draws_per_block(block)):
+        for chunk, count in _draw_blocks(source.theta, _draws_per_block(hoisted)):
             moments = _accumulate(hoisted, quantity, chunk, carry, np.float32(count), moments)
         assert moments is not None
         means.append(np.asarray(moments[1])[:size])
@@ -215,15 +218,20 @@ def _hoist(source: Source, block: np.ndarray):
     return hoisted, hoisted.early(partition, params, state, block)
 
 
-def _row_blocks(x: np.ndarray):
-    """Blocks of rows padded to a bucket size, each with its number of real rows."""
-    for first in range(0, len(x), ROWS_PER_BLOCK):
-        block = x[first : first + ROWS_PER_BLOCK]
-        yield data.pad_rows(block, min(data.bucket_size(len(block)), ROWS_PER_BLOCK)), len(block)
+def _row_blocks(x: np.ndarray, rows: int):
+    """Blocks of at most ``rows`` rows, padded to a bucket size, each with its number of real rows."""
+    for first in range(0, len(x), rows):
+        block = x[first : first + rows]
+        yield data.pad_rows(block, min(data.bucket_size(len(block)), max(rows, 8))), len(block)
 
 
-def _draws_per_block(block: np.ndarray) -> int:
-    return max(1, min(256, VALUES_PER_BLOCK // max(len(block), 1) // 32))
+def _rows(source: Source, x: np.ndarray) -> int:
+    return rows_per_block(source.network, source.partition, source.params, source.state, x)
+
+
+def _draws_per_block(hoisted: Hoisted) -> int:
+    """Draws whose largest intermediate result in the late part stays within the block's bytes."""
+    return max(1, min(MAX_DRAWS_PER_BLOCK, BLOCK_BYTES // max(1, hoisted.late_bytes)))
 
 
 def _draw_blocks(theta: np.ndarray, size: int):

@@ -89,19 +89,21 @@ def check_noise_prior(noise_prior: Any, num_outputs: int) -> Any:
             f"noise_prior must be a NumPyro distribution over positive numbers, such as "
             f"numpyro.distributions.HalfNormal(1.0); got {type(noise_prior).__name__}."
         )
-    low = getattr(noise_prior.support, "lower_bound", None)
-    positive = noise_prior.support in (dist.constraints.positive, dist.constraints.nonnegative) or (
-        low is not None and bool(np.all(np.asarray(low) >= 0.0))
-    )
-    if not positive:
-        raise OptionError(
-            f"noise_prior={type(noise_prior).__name__} gives weight to negative numbers, but noise is a standard "
-            "deviation. Use HalfNormal, LogNormal, Gamma, InverseGamma or HalfCauchy."
-        )
     if tuple(noise_prior.event_shape) or tuple(noise_prior.batch_shape) not in ((), (1,), (num_outputs,)):
         raise OptionError(
             f"noise_prior has shape {tuple(noise_prior.batch_shape) + tuple(noise_prior.event_shape)}; "
             f"give a scalar distribution or one of shape ({num_outputs},), one entry per output."
+        )
+    support: Any = noise_prior.support
+    low = getattr(support, "lower_bound", None)
+    positive = support in (dist.constraints.positive, dist.constraints.nonnegative) or (
+        low is not None and bool(np.all(np.asarray(low) >= 0.0))
+    )
+    if support.is_discrete or not positive:
+        fault = "is over whole numbers" if support.is_discrete else "gives weight to negative numbers"
+        raise OptionError(
+            f"noise_prior={type(noise_prior).__name__} {fault}, but noise is a standard deviation. "
+            "Use HalfNormal, LogNormal, Gamma, InverseGamma or HalfCauchy."
         )
     return noise_prior
 

@@ -6,6 +6,8 @@ import pytest
 
 import neurobayes as nb
 
+pytestmark = pytest.mark.filterwarnings("ignore:Do not trust these draws yet:neurobayes.errors.ConvergenceWarning")
+
 CONV = nb.FlaxConvNet(input_dim=2, conv_layers=[3, 4], fc_layers=[5], target_dim=1, kernel_size=3)
 TRANSFORMER = nb.FlaxTransformer(
     vocab_size=9, max_length=5, target_dim=1, d_model=4, num_heads=2, num_layers=1, mlp_dim=6

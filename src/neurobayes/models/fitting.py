@@ -9,17 +9,18 @@ when ``run`` has returned.
 import dataclasses
 import functools
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from .. import _checks, log_density, predictive, priors, selection, selectors
+from .. import _checks, log_density, predictive, priors, row_blocks, selection, selectors
 from .._typing import Key, Params, State
 from ..data import Scaling
 from ..diagnostics import Diagnostics, diagnose
-from ..errors import OptionError, unknown_choice
+from ..errors import MemoryBudgetWarning, OptionError, unknown_choice
 from ..inference.base import Engine
 from ..likelihoods import Categorical, Gaussian, Likelihood
 from ..network_info import NetworkInfo
@@ -268,6 +269,14 @@ def _density(plan: Plan, partition: Partition, params: Params, state: State, pre
         plan.network, partition, params, state, rows.x, rows.y, rows.real,
         likelihood=plan.likelihood, prior=prior, noise_prior=plan.noise_prior,
     )  # fmt: skip
+    if density.form.hoisted.recomputes:
+        warnings.warn(
+            f"the frozen part's results for {plan.prepared.num_rows} rows exceed the memory budget of "
+            f"{row_blocks.CARRY_BUDGET_BYTES / 2**30:.1f} GiB, so the whole network runs for every gradient. Make "
+            "layers nearer the output Bayesian, or give fewer rows.",
+            MemoryBudgetWarning,
+            stacklevel=4,
+        )
     theta = np.asarray(priors.split(partition, params))
     if not density.form.num_noise:
         return density, theta

@@ -1,0 +1,123 @@
+"""The hoisted forward pass of many rows, in bounded memory.
+
+Rows are put through the frozen part in blocks, so that the activations inside
+it never exist for all rows at once. Should even its result be larger than a
+budget, nothing is kept: the frozen part is recomputed, block by block, in every
+evaluation, which is slower and is reported by ``recomputes``.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._typing import Array, Params, State
+from .hoisting import Hoisted, hoist_network
+from .networks.base import Network
+from .partition import Partition
+
+CARRY_BUDGET_BYTES = 2**31
+"""Largest result of the frozen part that is kept for all training rows."""
+
+BLOCK_BYTES = 2**26
+"""Size aimed at for the largest single activation of a block of rows."""
+
+MAX_BLOCK_ROWS = 4096
+_PROBE_ROWS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Recomputed:
+    """Has the interface of ``Hoisted`` and keeps nothing: all of the network runs in every evaluation, by blocks."""
+
+    network: Network
+    num_rows: int
+    block: int
+    tree: Any
+    recomputes = True
+
+    def early(self, partition: Partition, params: Params, state: State, x: Any) -> list[Any]:
+        """The arguments themselves, the rows cut into blocks."""
+        missing = -len(x) % self.block
+        padded = jnp.pad(jnp.asarray(x), [(0, missing)] + [(0, 0)] * (np.ndim(x) - 1), mode="edge")
+        blocks = padded.reshape(-1, self.block, *np.shape(x)[1:])
+        return [*jax.tree.leaves((partition, params, state)), blocks]
+
+    def late(self, theta: Any, carry: list[Any]) -> Array:
+        """Outputs for all rows; the backward pass recomputes each block as well."""
+        partition, params, state = jax.tree.unflatten(self.tree, carry[:-1])
+
+        @jax.checkpoint
+        def outputs(x):
+            return self.network.apply(partition.merge(theta, params), state, x)
+
+        stacked = jax.lax.map(outputs, carry[-1])
+        return stacked.reshape(-1, *stacked.shape[2:])[: self.num_rows]
+
+
+def rows_per_block(network: Network, partition: Partition, params: Params, state: State, x: Any) -> int:
+    """Rows whose largest activation takes about ``BLOCK_BYTES``, a power of two up to ``MAX_BLOCK_ROWS``."""
+    probe = hoist_network(network, partition, params, state, _like(x, _PROBE_ROWS))
+    per_row = max(1, probe.largest_bytes // _PROBE_ROWS)
+    rows = min(MAX_BLOCK_ROWS, max(_PROBE_ROWS, BLOCK_BYTES // per_row))
+    return 1 << (rows.bit_length() - 1)
+
+
+def hoist_rows(
+    network: Network,
+    partition: Partition,
+    params: Params,
+    state: State,
+    x: Any,
+    budget_bytes: int | None = None,
+) -> tuple[Hoisted | Recomputed, list[Any]]:
+    """The split forward pass for all rows of ``x`` with what its late part needs.
+
+    Equal networks, partitions and shapes give the same object, so that engines
+    compile once.
+    """
+    budget_bytes = CARRY_BUDGET_BYTES if budget_bytes is None else budget_bytes
+    num_rows = len(x)
+    block = rows_per_block(network, partition, params, state, x)
+    whole = hoist_network(network, partition, params, state, x)
+    if whole.carry_bytes > budget_bytes:
+        tree = jax.tree.structure((partition, params, state))
+        again = _recomputed(network, num_rows, min(block, num_rows), tree)
+        return again, again.early(partition, params, state, x)
+    if num_rows <= block:
+        return whole, whole.early(partition, params, state, x)
+    part = hoist_network(network, partition, params, state, _like(x, block))
+    pieces = []
+    for first in range(0, num_rows, block):
+        rows = np.asarray(x[first : first + block])
+        missing = block - len(rows)
+        rows = np.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1), mode="edge")
+        pieces.append(part.early(partition, params, state, rows))
+    return whole, _join(pieces, part.carry_avals, whole.carry_avals, partition, params, state, x)
+
+
+def _join(pieces, part_avals, whole_avals, partition, params, state, x) -> list[Any]:
+    """The carry for all rows out of those of its blocks: leaves that follow the rows are concatenated."""
+    carry = []
+    for position, (part, whole) in enumerate(zip(part_avals, whole_avals, strict=True)):
+        axes = [axis for axis, (a, b) in enumerate(zip(part.shape, whole.shape, strict=True)) if a != b]
+        leaves = [piece[position] for piece in pieces]
+        if not axes:
+            carry.append(leaves[0])
+            continue
+        (axis,) = axes
+        joined = jnp.concatenate(leaves, axis=axis)
+        carry.append(jax.lax.slice_in_dim(joined, 0, whole.shape[axis], axis=axis))
+    return carry
+
+
+@functools.lru_cache(maxsize=64)
+def _recomputed(network: Network, num_rows: int, block: int, tree: Any) -> Recomputed:
+    return Recomputed(network, num_rows, block, tree)
+
+
+def _like(x: Any, num_rows: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((num_rows, *np.shape(x)[1:]), x.dtype)
