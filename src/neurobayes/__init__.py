@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import datasets, errors, metrics, plots, utils
+    from .directions import subspace
     from .models.bnn import BNN
     from .models.deterministic import DeterministicNN
     from .models.partial_bnn import PartialBNN
@@ -57,6 +58,7 @@ __all__ = [
     "print_layer_configs",
     "random_subset",
     "select_bayesian_components",
+    "subspace",
     "top",
     "utils",
     "weights",
@@ -83,6 +85,7 @@ _MODULE_OF = {
     "print_layer_configs": "models.tables",
     "random_subset": "selectors",
     "select_bayesian_components": "selection",
+    "subspace": "directions",
     "top": "selectors",
     "weights": "selectors",
 }

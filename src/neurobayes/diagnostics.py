@@ -86,7 +86,8 @@ def energy_fraction(energy: np.ndarray) -> float:
 def diagnose(quantities: np.ndarray, stats: dict[str, np.ndarray], max_tree_depth: int) -> Diagnostics:
     """Judge a run from draws of predicted values and noise, ``(chain, draw, quantity)``, and sampler reports."""
     num_chains, num_draws = quantities.shape[:2]
-    varying = quantities[..., np.ptp(quantities, axis=(0, 1)) > 0]
+    finite = quantities[..., np.all(np.isfinite(quantities), axis=(0, 1))]
+    varying = finite[..., np.ptp(finite, axis=(0, 1)) > 0]
     if num_draws < 4 or varying.shape[-1] == 0:
         r_hat = bulk = tail = np.array([np.nan])
     else:
@@ -108,6 +109,9 @@ def diagnose(quantities: np.ndarray, stats: dict[str, np.ndarray], max_tree_dept
         "num_draws": num_draws,
     }
     complaints = _complaints(figures)
+    if not np.all(np.isfinite(quantities)):
+        problem = "some predictions or noise levels are not finite in some draws"
+        complaints.insert(0, (problem, "lower priors_sigma, or standardise the inputs (standardize=True)"))
     return Diagnostics(**figures, ok=not complaints, verdict=_sentence(complaints, figures))
 
 
@@ -143,9 +147,10 @@ def _complaints(f: dict) -> list[tuple[str, str]]:
 def _sentence(complaints: list[tuple[str, str]], f: dict) -> str:
     if not complaints:
         chains = "" if f["num_chains"] > 1 else " (one chain: num_chains=4 would compare independent runs)"
+        divergences = "1 divergence" if f["num_divergent"] == 1 else f"{f['num_divergent']} divergences"
         return (
             f"The draws can be trusted: R-hat {f['r_hat']:.3f}, at least {f['ess_bulk']:.0f} effective draws of every "
-            f"prediction, {f['num_divergent']} divergences{chains}."
+            f"prediction, {divergences}{chains}."
         )
     problems = "; ".join(problem for problem, _ in complaints)
     remedies = "; ".join(dict.fromkeys(remedy for _, remedy in complaints))

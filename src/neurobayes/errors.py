@@ -37,6 +37,10 @@ class NotFittedError(NeuroBayesError, RuntimeError):
     """A prediction or a parameter was asked for before ``fit`` or ``train``."""
 
 
+class CheckpointError(NeuroBayesError, ValueError):
+    """A checkpoint folder belongs to another run or cannot be read."""
+
+
 class MissingExtraError(NeuroBayesError, ImportError):
     """An optional dependency is not installed."""
 

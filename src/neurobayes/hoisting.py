@@ -17,7 +17,7 @@ import numpy as np
 
 from ._typing import Array, Params, State
 from .networks.base import Network
-from .partition import Partition
+from .subspaces import RandomPart
 
 _INLINED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
 
@@ -150,7 +150,7 @@ def _hoisted_network(network: Network, partition_tree, leaf_tree, leaf_shapes) -
     return Hoisted(outputs, theta, (partition, params, state, x))
 
 
-def hoist_network(network: Network, partition: Partition, params: Params, state: State, x: Any) -> Hoisted:
+def hoist_network(network: Network, partition: RandomPart, params: Params, state: State, x: Any) -> Hoisted:
     """The forward pass of ``network`` split at the random weights, for inputs shaped like ``x``.
 
     Cached by network, partition structure and shapes, so that repeated calls

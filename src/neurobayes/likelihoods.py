@@ -13,7 +13,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ._typing import Array
+from ._typing import Array, Key
+from .errors import OptionError
 
 LOG_2PI = math.log(2.0 * math.pi)
 
@@ -28,6 +29,10 @@ class Likelihood(abc.ABC):
         """Log density of each row's target in nats, shape ``(n,)``, summed over its outputs."""
 
     @abc.abstractmethod
+    def sample(self, key: Key, outputs: Array, noise_std: Array) -> Array:
+        """One target for each row, drawn from the likelihood."""
+
+    @abc.abstractmethod
     def num_noise(self, num_outputs: int) -> int:
         """How many noise standard deviations are unknown for a network with ``num_outputs`` outputs."""
 
@@ -39,6 +44,9 @@ class Gaussian(Likelihood):
     def log_prob(self, outputs: Array, y: Array, noise_std: Array) -> Array:
         scaled = (y - outputs) / noise_std
         return -jnp.sum(0.5 * scaled**2 + jnp.log(noise_std) + 0.5 * LOG_2PI, axis=-1)
+
+    def sample(self, key: Key, outputs: Array, noise_std: Array) -> Array:
+        return outputs + noise_std * jax.random.normal(key, outputs.shape, outputs.dtype)
 
     def num_noise(self, num_outputs: int) -> int:
         return num_outputs
@@ -54,6 +62,9 @@ class Categorical(Likelihood):
         log_probabilities = jax.nn.log_softmax(outputs, axis=-1)
         return jnp.take_along_axis(log_probabilities, y[:, None], axis=-1)[:, 0]
 
+    def sample(self, key: Key, outputs: Array, noise_std: Array) -> Array:
+        return jax.random.categorical(key, outputs, axis=-1).astype(jnp.int32)
+
     def num_noise(self, num_outputs: int) -> int:
         return 0
 
@@ -65,7 +76,13 @@ class RowLoss(Likelihood):
     loss: Callable[[Array, Array], Array]
 
     def log_prob(self, outputs: Array, y: Array, noise_std: Array) -> Array:
-        return -self.loss(outputs, y)
+        values = self.loss(outputs, y)
+        if jnp.shape(values) != outputs.shape[:1]:  # a mean would hide the row weights, a column would broadcast
+            raise OptionError(
+                f"loss(outputs, y) must give one number per row, shape (n,); for n={len(outputs)} rows it gives shape "
+                f"{jnp.shape(values)}. Reduce over the outputs only: jnp.sum(..., axis=-1)."
+            )
+        return -values
 
     def num_noise(self, num_outputs: int) -> int:
         return 0

@@ -18,9 +18,9 @@ from ._typing import Array, Params, State
 from .hoisting import Hoisted
 from .likelihoods import Likelihood
 from .networks.base import Network
-from .partition import Partition
 from .priors import WeightPrior
 from .row_blocks import Recomputed, hoist_rows
+from .subspaces import RandomPart
 
 
 class Terms(NamedTuple):
@@ -103,7 +103,7 @@ evaluate = jax.jit(evaluate_fn, static_argnums=0)
 
 def build(
     network: Network,
-    partition: Partition,
+    partition: RandomPart,
     params: Params,
     state: State,
     x: Any,

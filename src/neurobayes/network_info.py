@@ -12,9 +12,15 @@ from . import trees
 from ._typing import Params
 from .errors import NotFittedError, OptionError, SelectionError, nearest
 from .networks.base import Layer
-from .partition import Partition
+from .subspaces import RandomPart
 
-SCORE_NAMES = ("magnitude", "variance", "gradient")
+TRAINING_SCORES = ("variance", "gradient", "swag_variance")
+"""Scores that need statistics which training keeps only where it is asked to."""
+
+DATA_SCORES = ("fisher", "laplace_variance")
+"""Scores that need the trained weights and the training data."""
+
+SCORE_NAMES = ("magnitude", *TRAINING_SCORES, *DATA_SCORES)
 """Scores that are known by name."""
 
 _HOW_TO_LIST = "`nb.print_layer_configs(network)` lists layers, shapes and sizes."
@@ -30,7 +36,7 @@ class NetworkInfo:
     layers : the layers that own parameters, in the order in which they are called.
     shapes : leaf path -> shape, in pytree order.
     params : the trained weights, where there are any.
-    scores : name ('variance', 'gradient') -> score by leaf path, or None where training kept none.
+    scores : name (one of ``SCORE_NAMES`` but 'magnitude') -> score by leaf path, or None where it is not known.
     """
 
     layers: tuple[Layer, ...]
@@ -103,7 +109,7 @@ class NetworkInfo:
         NotFittedError
             The magnitude of the weights is asked for before there are any.
         OptionError
-            Training kept no statistics to score by.
+            Training kept no statistics to score by, or there are no data to score on.
         """
         if name == "magnitude":
             return {path: np.abs(leaf) for path, leaf in self.weights().items()}
@@ -132,7 +138,7 @@ class LayerRow:
     num_bayesian: int | None
 
 
-def layer_table(info: NetworkInfo, partition: Partition | None = None) -> tuple[LayerRow, ...]:
+def layer_table(info: NetworkInfo, partition: RandomPart | None = None) -> tuple[LayerRow, ...]:
     """One row per layer: its leaves by their name within the layer, its weights, and how many of them are Bayesian."""
     counts = None if partition is None else partition.counts()
     rows = []
@@ -156,7 +162,9 @@ def as_arrays(tree: Any) -> dict[str, np.ndarray]:
 
 
 def missing_statistics(name: str) -> OptionError:
-    """The error for a score that training kept no statistics for."""
+    """The error for a score that is not known for want of training statistics or of data."""
+    if name in DATA_SCORES:
+        return OptionError(f"{name!r} needs the training data. Use it inside PartialBNN(network, bayesian=...).fit.")
     return OptionError(
         f"there are no training statistics for {name!r}. Train with `track_statistics=True` (the default of `fit` and "
         "`train`), or choose by 'magnitude', which needs the weights alone."

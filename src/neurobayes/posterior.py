@@ -15,11 +15,13 @@ class Posterior:
     draws : (chain, draw, size) positions: random weights, then unconstrained noise.
     stats : per-draw reports, each (chain, draw): ``diverging``, ``num_steps``, ``accept_prob``, ``energy`` …
     info : one entry per run: engine, seconds, step size, tree depth limit, versions.
+    adaptation : what a later run over the same position can start from: last positions, step size, mass matrix.
     """
 
     draws: np.ndarray
     stats: dict[str, np.ndarray]
     info: dict[str, Any]
+    adaptation: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def num_chains(self) -> int:

@@ -21,6 +21,7 @@ from .hoisting import Hoisted, hoist_network
 from .networks.base import Network
 from .partition import Partition
 from .row_blocks import BLOCK_BYTES, rows_per_block
+from .subspaces import RandomPart
 
 MAX_DRAWS_PER_BLOCK = 256
 VALUES_PER_BLOCK = 2**22
@@ -91,7 +92,7 @@ class Source(NamedTuple):
     """What predictions are made from: a network, its frozen weights, and draws of the random ones."""
 
     network: Network
-    partition: Partition
+    partition: RandomPart
     params: Params
     state: State
     theta: np.ndarray

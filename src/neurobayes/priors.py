@@ -16,14 +16,14 @@ from . import trees
 from ._typing import Array, Params
 from .errors import OptionError, SelectionError, nearest
 from .likelihoods import LOG_2PI
-from .partition import Partition
+from .subspaces import RandomPart, Subspace
 
 
 class WeightPrior(NamedTuple):
     """Independent Gaussians over the random scalars, both fields of shape ``(size,)``."""
 
-    mean: Array
-    std: Array
+    mean: Any
+    std: Any
 
     def log_prob(self, theta: Array) -> Array:
         """Log density in nats, a scalar, with every constant."""
@@ -53,15 +53,18 @@ def prior_std_tree(params: Params, priors_sigma: float | Mapping[str, float], *,
 
 
 def weight_prior(
-    partition: Partition, params: Params, priors_sigma: float | Mapping[str, float], prior_mean: str
+    partition: RandomPart, params: Params, priors_sigma: float | Mapping[str, float], prior_mean: str
 ) -> WeightPrior:
-    """The prior of the random scalars of ``params``.
+    """The prior of the random scalars of ``params``, or of the coordinates of a subspace.
 
-    ``prior_mean`` is ``"map"`` (centred at the values in ``params``) or ``"zero"``.
+    ``prior_mean`` is ``"map"`` (centred at the values in ``params``) or ``"zero"``. In a subspace the prior is
+    that of all weights restricted to it, where ``priors_sigma`` must be one number.
     """
-    std = split(partition, prior_std_tree(params, priors_sigma))
-    centre = split(partition, params)
-    return WeightPrior(centre if prior_mean == "map" else np.zeros_like(centre), std)
+    if isinstance(partition, Subspace):
+        std = np.full(partition.size, _positive("priors_sigma", priors_sigma), np.float32)
+    else:
+        std = split(partition, prior_std_tree(params, priors_sigma))
+    return WeightPrior(split(partition, params if prior_mean == "map" else jax.tree.map(np.zeros_like, params)), std)
 
 
 split = jax.jit(lambda partition, params: partition.split(params))

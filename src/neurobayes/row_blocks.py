@@ -17,7 +17,7 @@ import numpy as np
 from ._typing import Array, Params, State
 from .hoisting import Hoisted, hoist_network
 from .networks.base import Network
-from .partition import Partition
+from .subspaces import RandomPart
 
 CARRY_BUDGET_BYTES = 2**31
 """Largest result of the frozen part that is kept for all training rows."""
@@ -39,7 +39,7 @@ class Recomputed:
     tree: Any
     recomputes = True
 
-    def early(self, partition: Partition, params: Params, state: State, x: Any) -> list[Any]:
+    def early(self, partition: RandomPart, params: Params, state: State, x: Any) -> list[Any]:
         """The arguments themselves, the rows cut into blocks."""
         missing = -len(x) % self.block
         padded = jnp.pad(jnp.asarray(x), [(0, missing)] + [(0, 0)] * (np.ndim(x) - 1), mode="edge")
@@ -58,7 +58,7 @@ class Recomputed:
         return stacked.reshape(-1, *stacked.shape[2:])[: self.num_rows]
 
 
-def rows_per_block(network: Network, partition: Partition, params: Params, state: State, x: Any) -> int:
+def rows_per_block(network: Network, partition: RandomPart, params: Params, state: State, x: Any) -> int:
     """Rows whose largest activation takes about ``BLOCK_BYTES``, a power of two up to ``MAX_BLOCK_ROWS``."""
     probe = hoist_network(network, partition, params, state, _like(x, _PROBE_ROWS))
     per_row = max(1, probe.largest_bytes // _PROBE_ROWS)
@@ -68,7 +68,7 @@ def rows_per_block(network: Network, partition: Partition, params: Params, state
 
 def hoist_rows(
     network: Network,
-    partition: Partition,
+    partition: RandomPart,
     params: Params,
     state: State,
     x: Any,

@@ -93,7 +93,9 @@ def curvature_factor(likelihood: Likelihood, outputs: Array, y: Array, noise_std
     return vectors * jnp.sqrt(jnp.maximum(values, 0.0))
 
 
-def _squared_gradient(network: Network, likelihood: Likelihood, params: Params, state: State, x, y, noise_std) -> Params:
+def _squared_gradient(
+    network: Network, likelihood: Likelihood, params: Params, state: State, x, y, noise_std
+) -> Params:
     def log_likelihood(params):
         return likelihood.log_prob(network.apply(params, state, x[None]), y[None], noise_std)[0]
 

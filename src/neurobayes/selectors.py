@@ -12,7 +12,7 @@ import dataclasses
 import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 
@@ -39,6 +39,9 @@ class Selector(abc.ABC):
     last(1) | (layers('Dense0') - biases())
     """
 
+    stands_alone: ClassVar[bool] = False
+    """Whether the selector picks no single weights, so that it cannot be combined with others."""
+
     @abc.abstractmethod
     def masks(self, info: NetworkInfo) -> LeafMasks:
         """The choice in a network, as boolean arrays by leaf path; a leaf that is absent is not chosen at all.
@@ -50,13 +53,13 @@ class Selector(abc.ABC):
         """
 
     def __or__(self, other: "Selector") -> "Selector":
-        return _Combined("|", self, other) if isinstance(other, Selector) else NotImplemented
+        return _combine("|", self, other)
 
     def __and__(self, other: "Selector") -> "Selector":
-        return _Combined("&", self, other) if isinstance(other, Selector) else NotImplemented
+        return _combine("&", self, other)
 
     def __sub__(self, other: "Selector") -> "Selector":
-        return _Combined("-", self, other) if isinstance(other, Selector) else NotImplemented
+        return _combine("-", self, other)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -99,6 +102,18 @@ class _Combined(Selector):
         left = f"({self.left!r})" if isinstance(self.left, _Combined) and self.left.operator != self.operator else None
         right = f"({self.right!r})" if isinstance(self.right, _Combined) else None
         return f"{left or repr(self.left)} {self.operator} {right or repr(self.right)}"
+
+
+def _combine(operator: str, left: Selector, right: Any) -> Selector:
+    if not isinstance(right, Selector):
+        return NotImplemented
+    for side in (left, right):
+        if side.stands_alone:
+            raise SelectionError(
+                f"{side!r} chooses directions of weight space and no single weights, so it cannot be combined: "
+                f"got {left!r} {operator} {right!r}. Pass it alone, as bayesian={side!r}."
+            )
+    return _Combined(operator, left, right)
 
 
 _WHY_EMPTY = {"|": "are both empty", "&": "have no weight in common", "-": "leave nothing of the first"}
@@ -248,8 +263,12 @@ def top(k: int, by: str | Callable[[NetworkInfo], Any] | Any = "magnitude", with
     Parameters
     ----------
     k : at least 1. Equal scores are ranked by leaf and position, so that the choice is always the same.
-    by : 'magnitude' (absolute value), 'variance' or 'gradient' (over training); a pytree of
-        scores like the parameters, or keyed by leaf path; or a function of ``NetworkInfo`` that gives one.
+    by : 'magnitude' (absolute value); 'variance' or 'gradient' (over the second half of training);
+        'swag_variance' (over the weights that were averaged, with ``swa_config``; without it the same as
+        'variance'); 'fisher' (mean squared gradient of a row's log likelihood); 'laplace_variance' (posterior
+        variance, from the diagonal curvature and the prior); a pytree of scores like the parameters, or keyed
+        by leaf path; or a function of ``NetworkInfo`` that gives one. 'fisher' and 'laplace_variance' look at
+        the training data, so they are known inside ``PartialBNN.fit`` only.
     within : rank the weights of this selector only.
 
     Raises

@@ -79,12 +79,13 @@ class Settings(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Running moments of each weight over the steps after burn-in (Welford)."""
+    """Running moments of each weight over the steps after burn-in, and over the averaged weights (Welford)."""
 
     num_steps: Array
     mean: Params
     sum_squares: Params
     sum_abs_gradient: Params
+    averaged_squares: Params
 
 
 class Progress(NamedTuple):
@@ -104,11 +105,20 @@ class Progress(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TrainingStatistics:
-    """Per-weight summaries of a training run, pytrees shaped like the parameters."""
+    """Per-weight summaries of a training run, pytrees shaped like the parameters.
+
+    Attributes
+    ----------
+    weight_variance, mean_abs_gradient : over the steps after burn-in.
+    num_steps : how many these were.
+    averaged_variance : variance over the weights that entered the average (the diagonal of SWAG, Maddox et al.
+        2019, arXiv:1902.02476); None where fewer than two did.
+    """
 
     weight_variance: Params
     mean_abs_gradient: Params
     num_steps: int
+    averaged_variance: Params | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +182,7 @@ def _initialise(program: Program, key: Key, x: Array, params: Params | None) -> 
     start: Any = fresh if params is None else params
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), start)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    statistics = Statistics(jnp.zeros(()), zeros, zeros, zeros) if program.track_statistics else None
+    statistics = Statistics(jnp.zeros(()), zeros, zeros, zeros, zeros) if program.track_statistics else None
     opt_state = make_optimizer(program.optimizer).init(params)  # pyright: ignore[reportArgumentType]
     progress = Progress(
         params, opt_state, key_run, jnp.int32(0),
@@ -183,11 +193,12 @@ def _initialise(program: Program, key: Key, x: Array, params: Params | None) -> 
 
 def _step(program, progress, state, rows, settings, num_rows, learning_rate):
     """One optimiser step on one batch: (progress, batch loss)."""
-    key, key_dropout = jax.random.split(progress.key)
+    key, key_dropout = progress.key, None
+    if program.network.has_dropout:  # splitting a key is a loop of its own in the compiled step
+        key, key_dropout = jax.random.split(key)
 
     def loss_of(params):
-        key_used = key_dropout if program.network.has_dropout else None
-        return objective(program, params, state, rows, settings, num_rows, key_used)[0]
+        return objective(program, params, state, rows, settings, num_rows, key_dropout)[0]
 
     loss, gradient = jax.value_and_grad(loss_of)(progress.params)
     updates, opt_state = make_optimizer(program.optimizer).update(
@@ -212,7 +223,7 @@ def _update_statistics(statistics: Statistics, params: Params, gradient: Params,
         statistics.sum_squares, statistics.mean, mean, params,
     )  # fmt: skip
     absolute = jax.tree.map(lambda a, g: a + gate * jnp.abs(g), statistics.sum_abs_gradient, gradient)
-    return Statistics(count, mean, squares, absolute)
+    return Statistics(count, mean, squares, absolute, statistics.averaged_squares)
 
 
 def _epoch(program, progress, state, rows, settings, num_rows, learning_rates):
@@ -272,12 +283,8 @@ def run_epochs(program, progress, state, rows, validation, settings, learning_ra
             watched = watched.at[i].set(value)
             if program.early_stopping:
                 progress = _keep_best(progress, seen, value, settings.min_delta)
-        gate = collect[i]
-        count = progress.num_averaged + gate
-        rate = gate / jnp.maximum(count, 1.0)
-        average = jax.tree.map(lambda a, p: a + rate * (p - a), progress.average, progress.params)
-        progress = progress._replace(average=average, num_averaged=count, epoch=progress.epoch + 1)
-        return i + 1, progress, losses, watched
+        progress = _average(progress, collect[i])
+        return i + 1, progress._replace(epoch=progress.epoch + 1), losses, watched
 
     def goes_on(carry):
         i, progress, _, _ = carry
@@ -288,6 +295,21 @@ def run_epochs(program, progress, state, rows, validation, settings, learning_ra
 
     _, progress, losses, watched = jax.lax.while_loop(goes_on, body, (jnp.int32(0), progress, blank, blank))
     return progress, losses, watched
+
+
+def _average(progress: Progress, gate: Array) -> Progress:
+    """The progress with its weights taken into the average, where ``gate`` is one."""
+    count = progress.num_averaged + gate
+    rate = gate / jnp.maximum(count, 1.0)
+    average = jax.tree.map(lambda a, p: a + rate * (p - a), progress.average, progress.params)
+    statistics = progress.statistics
+    if statistics is not None:
+        squares = jax.tree.map(
+            lambda s, old, new, p: s + gate * (p - old) * (p - new),
+            statistics.averaged_squares, progress.average, average, progress.params,
+        )  # fmt: skip
+        statistics = statistics._replace(averaged_squares=squares)
+    return progress._replace(average=average, num_averaged=count, statistics=statistics)
 
 
 def _keep_best(progress: Progress, params: Params, value: Array, min_delta: Array) -> Progress:
@@ -357,7 +379,11 @@ def train(
     history = {"loss": np.concatenate(losses)}
     if program.monitor is not None:
         history[f"{program.monitor}_loss"] = np.concatenate(watched)
-    return _result(program, progress, history, done), state
+    result = _result(program, progress, history, done)
+    # The loss of an epoch is that of the weights before its steps, so the last steps are not in it.
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.params)):
+        raise TrainingError(f"the weights are not finite after epoch {done}. {_CAUSES}")
+    return result, state
 
 
 def pad_chunk(values: np.ndarray) -> np.ndarray:
@@ -367,13 +393,17 @@ def pad_chunk(values: np.ndarray) -> np.ndarray:
     return out
 
 
+_CAUSES = (
+    "Likely causes: a learning rate that is too high (try a tenth of it), inputs far outside the usual range with "
+    "standardize=False, or a custom loss that is not finite for some rows."
+)
+
+
 def _check_finite(losses: np.ndarray, first_epoch: int) -> None:
     bad = np.flatnonzero(~np.isfinite(losses))
     if bad.size:
         raise TrainingError(
-            f"the training loss became {losses[bad[0]]} at epoch {first_epoch + int(bad[0]) + 1}. Likely causes: a "
-            "learning rate that is too high (try a tenth of it), inputs far outside the usual range with "
-            "standardize=False, or a custom loss that is not finite for some rows."
+            f"the training loss became {losses[bad[0]]} at epoch {first_epoch + int(bad[0]) + 1}. {_CAUSES}"
         )
 
 
@@ -393,7 +423,10 @@ def _result(program: Program, progress: Progress, history, num_epochs: int) -> T
     statistics = None
     if progress.statistics is not None:
         variance, gradient = _finish(progress.statistics)
-        statistics = TrainingStatistics(variance, gradient, int(progress.statistics.num_steps))
+        averaged = None
+        if num_averaged > 1:
+            averaged = jax.tree.map(lambda s: np.asarray(s) / num_averaged, progress.statistics.averaged_squares)
+        statistics = TrainingStatistics(variance, gradient, int(progress.statistics.num_steps), averaged)
     return TrainingResult(
         params=params,
         history=history,

@@ -100,7 +100,7 @@ def test_a_single_divergence_among_many_draws_is_reported_but_forgiven():
     one = np.zeros((4, 500), bool)
     one[0, 0] = True
     judged = diagnose(values, stats_of(values, diverging=one), 10)
-    assert judged.ok and judged.num_divergent == 1 and "1 divergence" in judged.verdict
+    assert judged.ok and judged.num_divergent == 1 and " 1 divergence." in judged.verdict
 
 
 @pytest.mark.parametrize("values", [np.zeros((2, 50, 3)), np.ones((1, 3, 2))], ids=["constant", "three draws"])
@@ -114,6 +114,15 @@ def test_constant_quantities_beside_varying_ones_are_left_out():
     values = np.concatenate([independent(), np.zeros((4, 500, 1))], axis=-1)
     judged = diagnose(values, stats_of(values), 10)
     assert judged.ok and np.isfinite(judged.r_hat)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_draws_that_are_not_finite_are_not_trusted(bad):
+    values = independent()
+    values[2, 7, 1] = bad
+    judged = diagnose(values, stats_of(values), 10)
+    assert not judged.ok and "not finite" in judged.verdict
+    assert np.isfinite(judged.r_hat)  # of the others
 
 
 def test_an_engine_without_reports_is_judged_by_its_draws():

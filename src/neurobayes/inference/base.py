@@ -2,11 +2,13 @@
 
 import abc
 import dataclasses
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 
 from .._typing import Key
+from ..checkpoint import Checkpoint
 from ..log_density import LogDensity
 from ..posterior import Posterior
 
@@ -16,6 +18,26 @@ class ProgressCallback(Protocol):
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """``done`` of ``total`` iterations of ``stage`` are behind."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunControl:
+    """What goes on around a run without being part of the algorithm.
+
+    Attributes
+    ----------
+    on_progress : told about every chunk.
+    checkpoint : folder the run is saved to and continued from.
+    seconds : sampling ends after this much wall-clock time.
+    is_enough : sampling ends when this holds for the draws so far, ``(chain, draw, size)``.
+    warm_start : ``Posterior.adaptation`` of an earlier run over the same position, to start from.
+    """
+
+    on_progress: ProgressCallback | None = None
+    checkpoint: Checkpoint | None = None
+    seconds: float | None = None
+    is_enough: Callable[[np.ndarray], bool] | None = None
+    warm_start: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +57,6 @@ class Engine(abc.ABC):
         num_warmup: int,
         num_samples: int,
         num_chains: int = 1,
-        on_progress: ProgressCallback | None = None,
+        control: RunControl = RunControl(),
     ) -> Posterior:
         """Draw ``num_samples`` positions in each of ``num_chains`` chains, starting near ``start`` (size,)."""

@@ -1,6 +1,8 @@
 """What the models share: prepared data, a network with its layers, trained weights that know their units."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +12,7 @@ from .. import _checks, data, trees
 from .._typing import Params
 from ..data import Scaling
 from ..errors import DataError, OptionError
-from ..network_info import NetworkInfo
+from ..network_info import DATA_SCORES, NetworkInfo
 from ..networks import as_network
 from ..networks.base import Network
 from ..training import Rows, TrainingStatistics
@@ -88,20 +90,37 @@ class InputTemplate:
         return jax.ShapeDtypeStruct((1, *self.row_shape), np.int32 if self.tokens else np.float32)
 
 
-def network_info(network: Network, example: Any, params: Params | None = None, statistics=None) -> NetworkInfo:
-    """Layers and shapes of a network for inputs like ``example`` (one row)."""
+def network_info(
+    network: Network,
+    example: Any,
+    params: Params | None = None,
+    statistics: Any = None,
+    from_data: Callable[[str], Params] | None = None,
+) -> NetworkInfo:
+    """Layers and shapes of a network for inputs like ``example`` (one row), and its scores.
+
+    ``statistics`` are those of its training; ``from_data`` computes one of ``DATA_SCORES``, and is
+    called for a score when that is first asked for.
+    """
     if params is None:
         params_or_shapes, _ = jax.eval_shape(network.init, _abstract_key(), example)
     else:
         params_or_shapes = params
 
+    @functools.cache
     def scores(name: str):
-        if statistics is None:
-            return None
-        tree = {"variance": statistics.weight_variance, "gradient": statistics.mean_abs_gradient}.get(name)
-        return None if tree is None else trees.flatten(tree)
+        if name in DATA_SCORES:
+            return None if from_data is None else trees.flatten(from_data(name))
+        return None if statistics is None else trees.flatten(_training_score(statistics, name))
 
     return NetworkInfo(network.layers(example), trees.shapes(params_or_shapes), params, scores)
+
+
+def _training_score(statistics: Any, name: str) -> Params:
+    if name == "gradient":
+        return statistics.mean_abs_gradient
+    averaged = getattr(statistics, "averaged_variance", None)
+    return averaged if name == "swag_variance" and averaged is not None else statistics.weight_variance
 
 
 def output_width(network: Network, example: Any) -> int:

@@ -301,6 +301,8 @@ class DeterministicNN:
         if self.is_regression:
             targets = _checks.as_targets(y, len(inputs), training=False, name="y_val")
             targets = prepared.scaling.targets(targets)
+            if targets.shape[1] != prepared.num_outputs:
+                raise DataError(f"y_val has {targets.shape[1]} columns but y has {prepared.num_outputs}.")
         else:
             targets = _checks.as_class_labels(y, len(inputs), self._num_outputs, training=False, name="y_val")
         size = data.bucket_size(len(inputs))

@@ -21,16 +21,16 @@ from .._typing import Key, Params, State
 from ..data import Scaling
 from ..diagnostics import Diagnostics, diagnose
 from ..errors import MemoryBudgetWarning, OptionError, unknown_choice
-from ..inference.base import Engine
+from ..inference.base import Engine, RunControl
 from ..likelihoods import Categorical, Gaussian, Likelihood
-from ..network_info import NetworkInfo
 from ..networks.base import Network
-from ..partition import Partition
 from ..posterior import Posterior
 from ..predictive import Source
 from ..pretraining import Pretrained, PretrainingOptions, pretrain
 from ..schedules import AveragingConfig, LearningRate
+from ..subspaces import RandomPart
 from .base import Prepared, TrainedParams, network_info, prepare
+from .choosing import Trained, check, choose
 from .deterministic import DeterministicNN
 from .progress import Report
 
@@ -145,13 +145,12 @@ def make_plan(
         noise_prior = priors.default_noise_prior(_target_scale(prepared.rows)) if noise_prior is None else noise_prior
         priors.check_noise_prior(noise_prior, prepared.num_outputs)
     config = None if select_config is None else selection.validate_select_config(select_config, info)
-    asked = _scores_asked_for(choice, info, template)
-    if config is not None and config.method in ("variance", "gradient"):
-        asked.add(config.method)
+    asked = check(choice, config, info, template, priors_sigma)
     if asked and weights is not None and statistics is None:
         raise OptionError(
             f"a choice by {', '.join(sorted(asked))} needs the statistics of a training run, but the given weights "
-            "came without any. Pass DeterministicNN.get_params(), or choose by 'magnitude' or 'clustering'."
+            "came without any. Pass DeterministicNN.get_params(), or choose by 'magnitude', 'fisher' or "
+            "'laplace_variance'."
         )
     return Plan(
         network, prepared, Gaussian() if num_classes is None else Categorical(), choice, config, weights, statistics,
@@ -165,7 +164,7 @@ def run(plan: Plan, key: Key, options: PretrainingOptions, sampling: Sampling, r
     key_train, key_sample, seed = _stage_keys(key)
     params, state, pretrained = _trained(plan, key_train, int(seed), options, report)
     trained = time.perf_counter()
-    partition = _partition(plan, params, plan.statistics if pretrained is None else pretrained.statistics)
+    partition = _choose(plan, jax.random.fold_in(key_train, 1), params, state, pretrained)
     density, start = _density(plan, partition, params, state, pretrained)
     posterior = _sample(sampling, key_sample, density, start, report)
     noise_std = _noise(density, posterior)
@@ -186,20 +185,6 @@ def _prepare(network: Network, X: Any, y: Any, num_classes: int | None, standard
     if standardize == "auto":
         return prepare(network, X, y, num_classes=num_classes, standardize=given is None, scaling=known)
     return prepare(network, X, y, num_classes=num_classes, standardize=bool(standardize))
-
-
-def _scores_asked_for(choice: selectors.Selector | None, info: NetworkInfo, template: Params) -> set[str]:
-    """The training statistics a choice needs; resolving it here also finds every wrong name and index."""
-    asked: set[str] = set()
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), template)
-
-    def scores(name: str) -> Mapping[str, Any]:
-        asked.add(name)
-        return {path: np.zeros(shape) for path, shape in info.shapes.items()}
-
-    if choice is not None:
-        selectors.resolve(choice, dataclasses.replace(info, params=zeros, scores=scores))
-    return asked
 
 
 @jax.jit
@@ -233,35 +218,21 @@ def _target_scale(rows: Any) -> np.ndarray:
     return priors.target_scale(np.asarray(rows.y), np.asarray(rows.real))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Snapshot:
-    """A trained network as automatic selection wants it."""
-
-    info: NetworkInfo
-    training_statistics: Any
-
-    def network_info(self) -> NetworkInfo:
-        return self.info
-
-
-def _partition(plan: Plan, params: Params, statistics: Any) -> Partition:
-    """The union of the chosen weights and the automatically selected ones."""
-    x = plan.prepared.rows.x
-    info = network_info(plan.network, jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), params, statistics)
-    choice = plan.choice
-    if plan.select_config is not None:
-        config = plan.select_config
-        picked = selectors.weights(
-            selection.select_bayesian_components(
-                _Snapshot(info, statistics), config.layer_names, config.method, config.num_pairs_per_layer, config.seed
-            )
-        )
-        choice = picked if choice is None else choice | picked
-    assert choice is not None
-    return selectors.resolve(choice, info)
+def _choose(plan: Plan, key: Key, params: Params, state: State, pretrained: Pretrained | None) -> RandomPart:
+    """The random part of the trained network."""
+    statistics, sigma = plan.statistics, None
+    if pretrained is not None:
+        statistics, sigma = pretrained.statistics, pretrained.sigma
+    regression = plan.likelihood.is_regression
+    noise = _starting_noise(plan, params, state, pretrained) if regression else np.ones(1, np.float32)
+    trained = Trained(
+        plan.network, params, state, plan.prepared.rows, plan.likelihood, noise,
+        0.0 if sigma is None else 1.0 / sigma**2, statistics,
+    )  # fmt: skip
+    return choose(plan.choice, plan.select_config, trained, key, plan.priors_sigma)
 
 
-def _density(plan: Plan, partition: Partition, params: Params, state: State, pretrained: Pretrained | None):
+def _density(plan: Plan, partition: RandomPart, params: Params, state: State, pretrained: Pretrained | None):
     """The log density of the Bayesian part, and the position of the trained weights."""
     rows = plan.prepared.rows
     prior = priors.weight_prior(partition, params, plan.priors_sigma, plan.prior_mean)
@@ -302,7 +273,7 @@ def _sample(sampling: Sampling, key: Key, density: log_density.LogDensity, start
         return Posterior(np.zeros((*shape, 0), np.float32), {"diverging": np.zeros(shape, bool)}, {"engine": "none"})
     return sampling.engine.run(
         key, density, start, num_warmup=sampling.num_warmup, num_samples=sampling.num_samples,
-        num_chains=sampling.num_chains, on_progress=report,
+        num_chains=sampling.num_chains, control=RunControl(on_progress=report),
     )  # fmt: skip
 
 

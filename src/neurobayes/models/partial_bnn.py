@@ -11,11 +11,11 @@ from .. import _checks, predictive, selectors
 from ..diagnostics import Diagnostics
 from ..errors import ConvergenceWarning, NotFittedError, OptionError
 from ..inference.base import Engine
-from ..partition import Partition
 from ..posterior import Posterior
 from ..predictive import ClassPrediction, RegressionPrediction
 from ..pretraining import Pretrained
 from ..schedules import LearningRate
+from ..subspaces import RandomPart
 from . import fitting
 from .base import as_user_network, softmax, to_target_shape
 from .fitting import Fitted
@@ -223,6 +223,7 @@ class PartialBNN:
         num_draws : draws to return: of new observations (regression) or of class probabilities.
         seed : chooses the draws.
         """
+        num_draws = _checks.check_positive_int("num_draws", num_draws, minimum=0)
         fitted, x = self._inputs(X)
         draws = None
         if num_draws:
@@ -293,7 +294,7 @@ class PartialBNN:
         return to_target_shape(fitted.scaling.mean_to_user(outputs), fitted.target_ndim)
 
     @property
-    def partition(self) -> Partition:
+    def partition(self) -> RandomPart:
         """Which weights are Bayesian, after ``fit``."""
         return self._require_fitted().source.partition
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import OptionError
 from ..network_info import LayerRow, layer_table
-from ..partition import Partition
+from ..subspaces import RandomPart
 from .base import as_user_network, network_info
 
 
@@ -41,7 +41,7 @@ def print_layer_configs(network: Any, input_shape: Sequence[int] | None = None) 
 
 def layer_rows(network: Any, input_shape: Sequence[int] | None = None) -> list[LayerRow]:
     """The rows of the table; unknown sizes are ``None`` in shapes."""
-    partition: Partition | None = None
+    partition: RandomPart | None = None
     if hasattr(network, "layer_context"):
         architecture, known_shape, partition = network.layer_context()
         input_shape = input_shape if known_shape is None else known_shape

@@ -1,0 +1,173 @@
+"""Advances chains in compiled chunks: progress, interruption, checkpoints and stopping rules in one place.
+
+Samplers carry their random key in their state, so that draws do not depend on
+how a run is cut into chunks, interrupted or resumed.
+"""
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from .. import checkpoint as checkpoints
+from ..errors import ConvergenceWarning, TrainingError
+from .base import RunControl
+
+CHUNK = 50
+"""Iterations per compiled call: often enough for progress and interruption, rarely enough to cost nothing."""
+
+SECONDS_BETWEEN_CHECKPOINTS = 1.0
+
+
+class Group(Protocol):
+    """Chains that advance together in one compiled program."""
+
+    state: Any
+
+    def dispatch(self, num_steps: int, sampling: bool) -> Any:
+        """Start ``num_steps <= CHUNK`` iterations and return at once: (state, positions, reports), padded to CHUNK."""
+        ...
+
+    def is_healthy(self, state: Any) -> bool:
+        """Whether every chain still has a finite density."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Draws ``(chain, draw, size)``, reports by name, and how the run ended."""
+
+    draws: np.ndarray
+    stats: dict[str, np.ndarray]
+    ended_by: str
+
+
+def advance(groups: Sequence[Group], num_warmup: int, num_samples: int, control: RunControl) -> Outcome:
+    """Run all groups through warm-up and sampling.
+
+    Ctrl-C during sampling ends the run with the draws made so far; during
+    warm-up it is raised, since nothing usable exists yet.
+    """
+    run = _Run(groups, num_warmup, num_samples, control)
+    run.restore()
+    ended_by = "interrupt"
+    try:
+        ended_by = run.loop()
+    except KeyboardInterrupt:
+        if run.counters["sampling"] == 0:
+            raise
+        warnings.warn(
+            f"interrupted: {run.counters['sampling']} of {num_samples} draws per chain are kept.",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+    return run.outcome(ended_by)
+
+
+class _Run:
+    """The state of one run between chunks."""
+
+    def __init__(self, groups: Sequence[Group], num_warmup: int, num_samples: int, control: RunControl):
+        self.groups, self.control = groups, control
+        self.totals = {"warm-up": num_warmup, "sampling": num_samples}
+        self.counters = {"warm-up": 0, "sampling": 0}
+        self.kept: list[dict[str, np.ndarray]] = []
+        self.unsaved: list[dict[str, np.ndarray]] = []
+        self.started = self.saved = time.perf_counter()
+        self.next_check = CHUNK
+
+    def restore(self) -> None:
+        """Go on from the checkpoint, if there is one."""
+        snapshot = None if self.control.checkpoint is None else self.control.checkpoint.load()
+        if snapshot is None:
+            return
+        leaves, taken = snapshot.state, 0
+        for group in self.groups:
+            size = len(jax.tree.leaves(group.state))
+            group.state = checkpoints.restore_leaves(group.state, leaves[taken : taken + size])
+            taken += size
+        self.counters = snapshot.counters
+        if snapshot.draws:
+            self.kept = [snapshot.draws]
+
+    def loop(self) -> str:
+        """Chunks until the end or a stopping rule; why it ended."""
+        for stage, total in self.totals.items():
+            while self.counters[stage] < total:
+                size = min(CHUNK, total - self.counters[stage])
+                self._chunk(stage, size)
+                self._save(force=False)
+                if self.control.on_progress is not None:
+                    self.control.on_progress(stage, self.counters[stage], total)
+                if stage == "sampling":
+                    reason = self._stopping_reason()
+                    if reason is not None:
+                        self._save(force=True)
+                        return reason
+            self._check_health(stage)
+        self._save(force=True)
+        return "num_samples"
+
+    def _chunk(self, stage: str, size: int) -> None:
+        sampling = stage == "sampling"
+        pending = [group.dispatch(size, sampling) for group in self.groups]  # several devices work side by side
+        jax.block_until_ready(pending)
+        if sampling:
+            parts = [{"position": np.asarray(x)[:, :size], **_cut(reports, size)} for _, x, reports in pending]
+            chunk = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            self.kept.append(chunk)
+            self.unsaved.append(chunk)
+        for group, (state, _, _) in zip(self.groups, pending, strict=True):
+            group.state = state
+        self.counters[stage] += size
+
+    def _save(self, *, force: bool) -> None:
+        if self.control.checkpoint is None:
+            return
+        now = time.perf_counter()
+        if not force and now - self.saved < SECONDS_BETWEEN_CHECKPOINTS:
+            return
+        new = {name: np.concatenate([c[name] for c in self.unsaved], axis=1) for name in self.unsaved[0]} if (
+            self.unsaved
+        ) else {}  # fmt: skip
+        self.control.checkpoint.save(self.counters, [group.state for group in self.groups], new)
+        self.unsaved, self.saved = [], time.perf_counter()
+
+    def _stopping_reason(self) -> str | None:
+        """``"seconds"`` or ``"until"`` when its rule is met; quality is judged ever more rarely as draws grow."""
+        if self.control.seconds is not None and time.perf_counter() - self.started >= self.control.seconds:
+            return "seconds"
+        if self.control.is_enough is not None and self.counters["sampling"] >= self.next_check:
+            self.next_check = int(self.counters["sampling"] * 1.2) + CHUNK
+            if self.control.is_enough(self._joined("position")):
+                return "until"
+        return None
+
+    def _check_health(self, stage: str) -> None:
+        if not all(group.is_healthy(group.state) for group in self.groups):
+            raise TrainingError(
+                f"the log density is not finite after {stage}. Likely causes: weights or inputs of extreme size, "
+                "or a noise prior that reaches zero with a network that fits every row exactly."
+            )
+
+    def _joined(self, name: str) -> np.ndarray:
+        return np.concatenate([chunk[name] for chunk in self.kept], axis=1)
+
+    def outcome(self, ended_by: str) -> Outcome:
+        names = [name for name in self.kept[0] if name != "position"]
+        return Outcome(self._joined("position"), {name: self._joined(name) for name in names}, ended_by)
+
+
+def _cut(reports: dict[str, Any], size: int) -> dict[str, np.ndarray]:
+    return {name: np.asarray(values)[:, :size] for name, values in reports.items()}
+
+
+def map_chains(fn: Callable[..., Any], chains: Any) -> Any:
+    """``vmap`` over chains; a single chain runs plain, since batching turns its branches into both-sides selects."""
+    if jax.tree.leaves(chains)[0].shape[0] > 1:
+        return jax.vmap(fn)(chains)
+    return jax.tree.map(lambda leaf: leaf[None], fn(jax.tree.map(lambda leaf: leaf[0], chains)))

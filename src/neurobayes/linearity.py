@@ -1,0 +1,165 @@
+"""Whether a traced function is affine in its first argument, and the map if it is.
+
+``f(theta) = f(centre) + J (theta - centre)`` is read off the list of primitive
+equations, not guessed from values at some points: a primitive that is not
+known to be linear makes the answer "not known". The matrix ``J`` of a network
+whose output ``o`` depends on scalars of its own is stored without its zero
+blocks.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+
+from ._typing import Array
+from .hoisting import Hoisted
+
+_CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
+
+# Linear in all float operands together; a float operand without theta is a constant term.
+_LINEAR = frozenset(
+    ["neg", "reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", "slice", "rev", "reduce_sum", "cumsum", "copy", "copy_p", "add", "sub", "add_any", "concatenate", "pad", "split", "stack", "unstack", "tile", "device_put", "real", "optimization_barrier"]
+)
+# Linear in each of the first two operands while the other is constant.
+_BILINEAR = frozenset(("mul", "dot_general", "conv_general_dilated"))
+# Linear in the operands before this position, the remaining ones (indices) being constant.
+_LINEAR_BEFORE = {"div": 1, "gather": 1, "dynamic_slice": 1, "dynamic_update_slice": 2}
+# Linear in operands 0 and 2; operand 1 holds the indices.
+_SCATTERS = frozenset(("scatter", "scatter-add", "scatter_add", "scatter-sub", "scatter_sub"))
+
+SEEDS_PER_BLOCK = 64
+"""Columns of the matrix computed at once; bounds the memory between theta and the outputs."""
+
+
+def is_affine(jaxpr: jex.Jaxpr, dependent: Sequence[bool]) -> bool:
+    """Whether every output is known to be affine in the inputs marked ``dependent`` together.
+
+    False means "not known": derivative rules of the user's own, loops, and
+    rounding to 16 bits count as not affine.
+    """
+    return all(kind != _OTHER for kind in _output_kinds(jaxpr, [_AFFINE if d else _CONSTANT for d in dependent]))
+
+
+_CONSTANT, _AFFINE, _OTHER = range(3)
+
+
+def _output_kinds(jaxpr: jex.Jaxpr, input_kinds: Sequence[int]) -> list[int]:
+    """How each output depends on the affine inputs."""
+    kinds: dict[Any, int] = dict(zip(jaxpr.invars, input_kinds, strict=True))
+
+    def kind(v) -> int:
+        return _CONSTANT if isinstance(v, jex.Literal) else kinds.get(v, _CONSTANT)
+
+    for eqn in jaxpr.eqns:
+        operands = [kind(v) for v in eqn.invars]
+        if max(operands, default=_CONSTANT) == _CONSTANT:
+            continue
+        kinds.update(zip(eqn.outvars, _equation_kinds(eqn, operands), strict=True))
+    return [kind(v) for v in jaxpr.outvars]
+
+
+def _equation_kinds(eqn: Any, operands: list[int]) -> list[int]:
+    """How the results of one equation depend on theta, given how its operands do."""
+    if eqn.primitive.name in _CALLS and (inner := eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))) is not None:
+        return _output_kinds(inner.jaxpr if isinstance(inner, jex.ClosedJaxpr) else inner, operands)
+    linear = max(operands) == _AFFINE and not eqn.effects and _is_linear(eqn, operands)
+    return [_AFFINE if linear and _keeps_precision(eqn, v) else _OTHER for v in eqn.outvars]
+
+
+def _is_linear(eqn: Any, operands: list[int]) -> bool:
+    name = eqn.primitive.name
+    if name in _LINEAR or name == "convert_element_type":
+        return True
+    if name in _BILINEAR:
+        return operands[:2].count(_AFFINE) == 1 and _AFFINE not in operands[2:]
+    if name == "select_n":
+        return operands[0] == _CONSTANT
+    if name in _SCATTERS:
+        return operands[1] == _CONSTANT
+    return name in _LINEAR_BEFORE and _AFFINE not in operands[_LINEAR_BEFORE[name] :]
+
+
+def _keeps_precision(eqn: Any, result: Any) -> bool:
+    """Rounding to fewer bits than float32, or to integers, is no linear map."""
+    dtype = np.dtype(result.aval.dtype)
+    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize >= 4
+
+
+def late_is_affine(hoisted: Hoisted, size: int, carry: Any) -> bool:
+    """Whether ``hoisted.late`` is known to be affine in ``theta`` (size,); remembered for each hoisted function."""
+    return _late_is_affine(hoisted, size, tuple((tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in carry))
+
+
+@functools.lru_cache(maxsize=64)
+def _late_is_affine(hoisted: Hoisted, size: int, carry_shapes: tuple) -> bool:
+    theta = jax.ShapeDtypeStruct((size,), np.float32)
+    carry = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in carry_shapes]
+    jaxpr = jax.make_jaxpr(hoisted.late)(theta, carry).jaxpr
+    return is_affine(jaxpr, [True] + [False] * len(carry))
+
+
+def entering_scalars(hoisted: Hoisted, centre: np.ndarray, carry: Any, row_weights: Any) -> np.ndarray:
+    """Which scalars of ``theta`` move which output on rows of positive weight: bool ``(outputs, size)``.
+
+    Read off the zeros of random combinations of the rows of ``J``; a zero that
+    is not a zero of ``J`` has probability below 1e-14.
+    """
+    return np.asarray(_entering_scalars(hoisted, centre, carry, row_weights))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _entering_scalars(hoisted: Hoisted, centre: Array, carry: Any, row_weights: Array) -> Array:
+    outputs, pull = jax.vjp(lambda theta: hoisted.late(theta, carry), centre)
+    random = jax.random.normal(jax.random.key(0), (2, outputs.shape[0], 1)) * (row_weights > 0)[:, None]
+    cotangents = random[:, None] * jnp.eye(outputs.shape[1])[:, None, :]
+    gradients = jax.vmap(jax.vmap(lambda ct: pull(ct.astype(outputs.dtype))[0]))(cotangents)
+    return jnp.any(gradients != 0, axis=0)
+
+
+def separate(entering: np.ndarray) -> np.ndarray | None:
+    """The scalars of each output, if no two outputs share one: ``(slots, outputs)`` positions in ``theta``.
+
+    ``size`` marks an unused slot. A scalar that moves no output goes to any
+    output, so that the number of slots does not depend on the data.
+    None if some scalar moves several outputs.
+    """
+    num_outputs, size = entering.shape
+    if np.any(entering.sum(axis=0) > 1):
+        return None
+    blocks = [list(np.flatnonzero(row)) for row in entering]
+    for idle in np.flatnonzero(~entering.any(axis=0)):
+        min(blocks, key=len).append(idle)
+    slots = np.full((max(1, *(len(block) for block in blocks)), num_outputs), size, np.int32)
+    for output, block in enumerate(blocks):
+        slots[: len(block), output] = np.sort(block)
+    return slots
+
+
+def linearise(hoisted: Hoisted, centre: np.ndarray, carry: Any, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The affine map around ``centre``: values ``(n, outputs)`` and slopes ``(slots, n, outputs)``.
+
+    ``slopes[k, i, o]`` is the derivative of output ``o`` of row ``i`` in the
+    scalar ``slots[k, o]``, zero for an unused slot.
+    """
+    missing = -len(slots) % SEEDS_PER_BLOCK if len(slots) > SEEDS_PER_BLOCK else 0
+    padded = np.pad(slots, ((0, missing), (0, 0)), constant_values=len(centre))
+    values, slopes = _linearise(hoisted, centre, carry, padded)
+    return np.asarray(values), np.asarray(slopes)[: len(slots)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _linearise(hoisted: Hoisted, centre: Array, carry: Any, slots: Array) -> tuple[Array, Array]:
+    values, push = jax.linearize(lambda theta: hoisted.late(theta, carry), centre)
+
+    def slope(scalars):
+        # One direction moves one scalar of each output: their columns do not overlap.
+        return push(jnp.zeros_like(centre).at[scalars].set(1, mode="drop"))
+
+    if len(slots) <= SEEDS_PER_BLOCK:
+        return values, jax.vmap(slope)(slots)
+    return values, jax.lax.map(slope, slots, batch_size=SEEDS_PER_BLOCK)

@@ -1,0 +1,154 @@
+"""The search for prior scale and epochs: folds, what it reacts to, and the error it reports."""
+
+import jax
+import numpy as np
+import pytest
+
+import neurobayes as nb
+from neurobayes import data, regularisation, schedules
+from neurobayes.likelihoods import Categorical, Gaussian
+from neurobayes.networks import as_network
+from neurobayes.predictive import deterministic_outputs
+from neurobayes.training import Program, Rows, Settings, train
+
+NUM_EPOCHS = 200
+NETWORK = as_network(nb.FlaxMLP([8], 1))
+PROGRAM = Program(NETWORK, Gaussian())
+RATES = schedules.learning_rates(0.02, NUM_EPOCHS, 1)
+UNIT_NOISE = np.ones(1, np.float32)
+
+
+def rows_of(x, y, size=None):
+    size = size or data.bucket_size(len(x))
+    arrays = (x.astype(np.float32), y)
+    return Rows(*(data.pad_rows(a, size) for a in arrays), data.row_weights(len(x), size))
+
+
+def regression(kind, n=50):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(n, 3))
+    y = rng.normal(size=n) if kind == "noise" else 2 * x[:, 0] - x[:, 1]
+    y = (y - y.mean()) / y.std()
+    return x, y[:, None].astype(np.float32)
+
+
+def choose(rows, sigmas=regularisation.SIGMA_GRID, program=PROGRAM, rates=RATES, seed=0):
+    return regularisation.choose(program, jax.random.key(0), rows, UNIT_NOISE, sigmas, rates, seed)
+
+
+@pytest.fixture(scope="module")
+def searches():
+    return {kind: choose(rows_of(*regression(kind))) for kind in ("noise", "signal")}
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 17, 442])
+def test_every_row_is_in_exactly_one_fold_and_folds_are_of_one_size(n):
+    real = data.row_weights(n, data.bucket_size(n))
+    folds = regularisation.assign_folds(real, seed=3)
+    counts = np.bincount(folds[real > 0])
+    assert folds.shape == real.shape
+    assert counts.sum() == n
+    assert len(counts) == min(n, 5)
+    assert counts.max() - counts.min() <= 1
+    assert not folds[real == 0].any()
+
+
+def test_folds_depend_on_the_seed_and_not_on_the_order_of_rows():
+    real = np.ones(40, np.float32)
+    one, again, other = (regularisation.assign_folds(real, seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, again)
+    assert (one != other).any()
+    assert (np.diff(one) < 0).any() and (np.diff(one) > 0).any()
+
+
+def test_padding_counts_in_no_fold():
+    x, y = regression("signal")
+    rows = rows_of(x, y, size=56)
+    absurd = Rows(rows.x.copy(), rows.y.copy(), rows.real)
+    absurd.x[50:], absurd.y[50:] = 1e3, -1e6
+    results = [choose(r, sigmas=(1.0,), rates=RATES[:20]) for r in (rows, absurd)]
+    np.testing.assert_array_equal(results[0].losses, results[1].losses)
+    assert np.isfinite(results[0].losses).all()
+
+
+def test_a_target_of_noise_is_trained_little_and_a_clean_signal_much(searches):
+    noise, signal = searches["noise"], searches["signal"]
+    assert noise.sigma < signal.sigma
+    assert noise.sigma == min(regularisation.SIGMA_GRID) or noise.num_epochs < NUM_EPOCHS // 4
+    assert signal.num_epochs > noise.num_epochs
+    assert noise.unseen_rmse is not None and signal.unseen_rmse is not None
+    np.testing.assert_allclose(noise.unseen_rmse, 1.0, atol=0.15)
+    assert signal.unseen_rmse < 0.3
+
+
+def test_choice_is_the_least_left_out_loss(searches):
+    for search in searches.values():
+        i, epoch = np.unravel_index(np.argmin(search.losses), search.losses.shape)
+        assert search.sigmas == regularisation.SIGMA_GRID
+        assert search.sigma == search.sigmas[i]
+        assert search.num_epochs == max(1, epoch)
+        assert search.losses.shape[0] == len(search.sigmas) and search.losses.shape[1] <= NUM_EPOCHS
+
+
+@pytest.mark.parametrize("kind", ["noise", "signal"])
+def test_reported_error_is_that_of_networks_trained_fold_by_fold(searches, kind):
+    """Each fold trained on its own, outside the search, for the chosen epochs; error on its left-out rows."""
+    x, y = regression(kind)
+    rows, search = rows_of(x, y), searches[kind]
+    epoch = int(np.argmin(search.losses[search.sigmas.index(search.sigma)]))
+    folds = regularisation.assign_folds(rows.real, seed=0)
+    keys = jax.random.split(jax.random.key(0), 5)
+    squares = []
+    for k in range(5):
+        params = None
+        settings = Settings(rows.real * (folds != k), np.float32(1 / search.sigma**2), UNIT_NOISE)
+        if epoch:
+            result, state = train(PROGRAM, keys[k], rows, settings, learning_rates=RATES[:epoch])
+            params = result.params
+        else:
+            progress, state = regularisation.initialise(PROGRAM, keys[k], rows.x, None)
+            params = progress.params
+        left_out = (folds == k) & (rows.real > 0)
+        predicted = deterministic_outputs(NETWORK, params, state, rows.x[left_out])
+        squares.append(np.mean((predicted - rows.y[left_out]) ** 2))
+    np.testing.assert_allclose(search.unseen_rmse, np.sqrt(np.mean(squares)), rtol=1e-3)
+    loss = 0.5 * np.mean(squares) + 0.5 * np.log(2 * np.pi)
+    np.testing.assert_allclose(search.losses.min(), loss, rtol=1e-3)
+
+
+def test_the_same_seed_gives_the_same_choice(searches):
+    again = choose(rows_of(*regression("noise")))
+    np.testing.assert_array_equal(again.losses, searches["noise"].losses)
+
+
+def test_classification_reports_no_error_and_follows_the_loss():
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 2, size=40).astype(np.int32)
+    x = rng.normal(size=(40, 2)) + 3 * labels[:, None]
+    program = Program(as_network(nb.FlaxMLP([4], 2)), Categorical())
+    search = choose(rows_of(x, labels), sigmas=(0.1, 3.0), program=program, rates=RATES[:60])
+    assert search.unseen_rmse is None
+    assert search.sigma == 3.0
+    assert search.losses.min() < 0.2 < np.log(2)
+
+
+def test_no_prior_is_a_choice_too():
+    search = choose(rows_of(*regression("signal")), sigmas=(np.inf,), rates=RATES[:30])
+    assert search.sigma == np.inf and np.isfinite(search.losses).all()
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_one_or_two_rows_are_enough_to_search(n):
+    x, y = regression("signal", n=10)
+    search = choose(rows_of(x[:n], y[:n]), sigmas=(0.3, 1.0), rates=RATES[:10])
+    assert np.isfinite(search.losses).all()
+    assert 1 <= search.num_epochs <= 10
+
+
+def test_a_run_that_diverges_is_not_chosen():
+    rates = schedules.learning_rates(50.0, 30, 1)
+    program = Program(NETWORK, Gaussian(), optimizer="sgd")
+    search = choose(rows_of(*regression("signal")), sigmas=(0.1, 3.0), program=program, rates=rates)
+    assert not np.isfinite(search.losses).all()
+    assert np.isfinite(search.losses[search.sigmas.index(search.sigma)].min())
+    assert np.isfinite(search.unseen_rmse).all()
