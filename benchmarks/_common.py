@@ -186,7 +186,9 @@ def table(results: list[Result]) -> str:
             met = {None: "", True: "yes", False: "NO"}[check.met]
             rows.append((result.case, check.name, f"{check.measured:.4g} {check.unit}", target, met))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     notes = [f"{result.case}: {result.note}" for result in results if result.note]
     return "\n".join([*lines, *([""] if notes else []), *notes])

@@ -27,7 +27,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"cases to run: {', '.join(known)}; default all")
     parser.add_argument("--repeats", type=int, default=5, help="rounds per timing; medians are reported (default 5)")
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="FILE", help="JSON to write or bring up to date")
+    parser.add_argument(
+        "--out", type=Path, default=DEFAULT_OUT, metavar="FILE", help="JSON to write or bring up to date"
+    )
     options = parser.parse_args()
     unknown = [name for name in options.names if name not in known]
     if unknown:

@@ -1,6 +1,7 @@
 """Peak memory of prediction and of fitting a large frozen network, each in a process of its own."""
 
 import gc
+import itertools
 import time
 
 import jax
@@ -90,7 +91,7 @@ def _large():
             "kernel": rng.standard_normal((a, b), np.float32) / np.float32(np.sqrt(a)),
             "bias": np.zeros(b, np.float32),
         }
-        for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
+        for i, (a, b) in enumerate(itertools.pairwise(sizes))
     }
     X, y = _common.friedman(LARGE_ROWS)
     X = ((X - X.mean(0)) / X.std(0)).astype(np.float32)

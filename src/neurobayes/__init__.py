@@ -9,7 +9,8 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import datasets, errors, metrics, plots, utils
+    from . import datasets, errors, inference, metrics, networks, plots, utils
+    from .advisor import compare_partitions
     from .directions import subspace
     from .models.bnn import BNN
     from .models.deterministic import DeterministicNN
@@ -43,14 +44,17 @@ __all__ = [
     "FlaxTransformer",
     "PartialBNN",
     "biases",
+    "compare_partitions",
     "datasets",
     "errors",
+    "inference",
     "everything",
     "last",
     "layers",
     "mask",
     "metrics",
     "module_type",
+    "networks",
     "norms",
     "nothing",
     "path",
@@ -64,7 +68,7 @@ __all__ = [
     "weights",
 ]
 
-_SUBMODULES = ("datasets", "errors", "metrics", "plots", "utils")
+_SUBMODULES = ("datasets", "errors", "inference", "metrics", "networks", "plots", "utils")
 
 _MODULE_OF = {
     "BNN": "models.bnn",
@@ -74,6 +78,7 @@ _MODULE_OF = {
     "FlaxTransformer": "networks.transformer",
     "PartialBNN": "models.partial_bnn",
     "biases": "selectors",
+    "compare_partitions": "advisor",
     "everything": "selectors",
     "last": "selectors",
     "layers": "selectors",

@@ -83,13 +83,21 @@ def energy_fraction(energy: np.ndarray) -> float:
     return float(np.min(fraction)) if np.all(np.isfinite(fraction)) else float("nan")
 
 
-def diagnose(quantities: np.ndarray, stats: dict[str, np.ndarray], max_tree_depth: int) -> Diagnostics:
-    """Judge a run from draws of predicted values and noise, ``(chain, draw, quantity)``, and sampler reports."""
+def diagnose(
+    quantities: np.ndarray, stats: dict[str, np.ndarray], max_tree_depth: int, *, independent: bool = False
+) -> Diagnostics:
+    """Judge a run from draws of predicted values and noise, ``(chain, draw, quantity)``, and sampler reports.
+
+    ``independent`` draws are exact by construction: their R-hat is one and their effective number is their number.
+    """
     num_chains, num_draws = quantities.shape[:2]
     finite = quantities[..., np.all(np.isfinite(quantities), axis=(0, 1))]
     varying = finite[..., np.ptp(finite, axis=(0, 1)) > 0]
     if num_draws < 4 or varying.shape[-1] == 0:
         r_hat = bulk = tail = np.array([np.nan])
+    elif independent:
+        r_hat, bulk = np.ones(1), np.full(1, float(num_chains * num_draws))
+        tail = bulk
     else:
         r_hat = split_r_hat(varying)
         bulk, tail = effective_sample_size(varying, "bulk"), effective_sample_size(varying, "tail")
@@ -112,7 +120,12 @@ def diagnose(quantities: np.ndarray, stats: dict[str, np.ndarray], max_tree_dept
     if not np.all(np.isfinite(quantities)):
         problem = "some predictions or noise levels are not finite in some draws"
         complaints.insert(0, (problem, "lower priors_sigma, or standardise the inputs (standardize=True)"))
-    return Diagnostics(**figures, ok=not complaints, verdict=_sentence(complaints, figures))
+    verdict = _sentence(complaints, figures)
+    if independent and not complaints:
+        verdict = (
+            f"The draws can be trusted: all {num_chains * num_draws} are independent draws of the exact posterior."
+        )
+    return Diagnostics(**figures, ok=not complaints, verdict=verdict)
 
 
 def _complaints(f: dict) -> list[tuple[str, str]]:
@@ -121,7 +134,7 @@ def _complaints(f: dict) -> list[tuple[str, str]]:
     total = f["num_chains"] * f["num_draws"]
     if np.isnan(f["ess_bulk"]):
         found.append(("the draws do not vary or are fewer than four", "draw more samples (num_samples)"))
-    if f["num_divergent"] > 0.001 * total:
+    if f["num_divergent"] > max(1, 0.001 * total):
         found.append(
             (
                 f"{f['num_divergent']} of {total} trajectories diverged",

@@ -84,5 +84,8 @@ class RowLoss(Likelihood):
             )
         return -values
 
+    def sample(self, key: Key, outputs: Array, noise_std: Array) -> Array:
+        raise OptionError("a custom loss says how likely targets are, but not how to draw them.")
+
     def num_noise(self, num_outputs: int) -> int:
         return 0

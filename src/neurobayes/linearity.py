@@ -18,13 +18,16 @@ import numpy as np
 
 from ._typing import Array
 from .hoisting import Hoisted
+from .row_blocks import Recomputed
 
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
 
 # Linear in all float operands together; a float operand without theta is a constant term.
 _LINEAR = frozenset(
-    ["neg", "reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", "slice", "rev", "reduce_sum", "cumsum", "copy", "copy_p", "add", "sub", "add_any", "concatenate", "pad", "split", "stack", "unstack", "tile", "device_put", "real", "optimization_barrier"]
-)
+    ("neg", "reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", "slice", "rev", "reduce_sum",
+     "cumsum", "copy", "copy_p", "add", "sub", "add_any", "concatenate", "pad", "split", "stack", "unstack", "tile",
+     "device_put")
+)  # fmt: skip
 # Linear in each of the first two operands while the other is constant.
 _BILINEAR = frozenset(("mul", "dot_general", "conv_general_dilated"))
 # Linear in the operands before this position, the remaining ones (indices) being constant.
@@ -39,8 +42,8 @@ SEEDS_PER_BLOCK = 64
 def is_affine(jaxpr: jex.Jaxpr, dependent: Sequence[bool]) -> bool:
     """Whether every output is known to be affine in the inputs marked ``dependent`` together.
 
-    False means "not known": derivative rules of the user's own, loops, and
-    rounding to 16 bits count as not affine.
+    False means "not known": derivative rules of the user's own, loops of
+    unknown length, and rounding to 16 bits count as not affine.
     """
     return all(kind != _OTHER for kind in _output_kinds(jaxpr, [_AFFINE if d else _CONSTANT for d in dependent]))
 
@@ -67,8 +70,22 @@ def _equation_kinds(eqn: Any, operands: list[int]) -> list[int]:
     """How the results of one equation depend on theta, given how its operands do."""
     if eqn.primitive.name in _CALLS and (inner := eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))) is not None:
         return _output_kinds(inner.jaxpr if isinstance(inner, jex.ClosedJaxpr) else inner, operands)
+    if eqn.primitive.name == "scan":
+        return _scan_kinds(eqn, operands)
     linear = max(operands) == _AFFINE and not eqn.effects and _is_linear(eqn, operands)
     return [_AFFINE if linear and _keeps_precision(eqn, v) else _OTHER for v in eqn.outvars]
+
+
+def _scan_kinds(eqn: Any, operands: list[int]) -> list[int]:
+    """A loop is affine if its body is, for what the carried values depend on once they stop changing kind."""
+    body, first = eqn.params["jaxpr"].jaxpr, eqn.params["num_consts"]
+    last = first + eqn.params["num_carry"]
+    while True:
+        results = _output_kinds(body, operands)
+        carried = [max(pair) for pair in zip(operands[first:last], results, strict=False)]
+        if carried == operands[first:last]:
+            return results
+        operands = [*operands[:first], *carried, *operands[last:]]
 
 
 def _is_linear(eqn: Any, operands: list[int]) -> bool:
@@ -90,20 +107,70 @@ def _keeps_precision(eqn: Any, result: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize >= 4
 
 
-def late_is_affine(hoisted: Hoisted, size: int, carry: Any) -> bool:
+def late_is_affine(hoisted: Hoisted | Recomputed, size: int, carry: Any) -> bool:
     """Whether ``hoisted.late`` is known to be affine in ``theta`` (size,); remembered for each hoisted function."""
     return _late_is_affine(hoisted, size, tuple((tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in carry))
 
 
 @functools.lru_cache(maxsize=64)
-def _late_is_affine(hoisted: Hoisted, size: int, carry_shapes: tuple) -> bool:
+def _late_is_affine(hoisted: Hoisted | Recomputed, size: int, carry_shapes: tuple) -> bool:
     theta = jax.ShapeDtypeStruct((size,), np.float32)
     carry = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in carry_shapes]
     jaxpr = jax.make_jaxpr(hoisted.late)(theta, carry).jaxpr
     return is_affine(jaxpr, [True] + [False] * len(carry))
 
 
-def entering_scalars(hoisted: Hoisted, centre: np.ndarray, carry: Any, row_weights: Any) -> np.ndarray:
+def affine_blocks(hoisted: Hoisted | Recomputed, blocks: tuple[int, ...], carry: Any) -> tuple[int, ...]:
+    """Positions of pieces of ``theta`` (of the given lengths) in which the output is jointly affine, others fixed.
+
+    Pieces are taken from the last to the first for as long as the whole stays affine.
+    """
+    return _affine_blocks(hoisted, blocks, tuple((tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in carry))
+
+
+@functools.lru_cache(maxsize=64)
+def _affine_blocks(hoisted: Hoisted | Recomputed, blocks: tuple[int, ...], carry_shapes: tuple) -> tuple[int, ...]:
+    theta = jax.ShapeDtypeStruct((sum(blocks),), np.float32)
+    carry = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in carry_shapes]
+    pieces = _cut_into_pieces(jax.make_jaxpr(hoisted.late)(theta, carry).jaxpr, blocks)
+    if pieces is None:
+        return ()
+    jaxpr, owners = pieces
+    chosen: list[int] = []
+    for block in reversed(range(len(blocks))):
+        trial = [*chosen, block]
+        if is_affine(jaxpr, [owner in trial for owner in owners] + [False] * (len(jaxpr.invars) - len(owners))):
+            chosen = trial
+    return tuple(sorted(chosen))
+
+
+def _cut_into_pieces(jaxpr: jex.Jaxpr, blocks: tuple[int, ...]) -> tuple[jex.Jaxpr, list[int]] | None:
+    """The jaxpr with the slices of its first input as inputs of their own, and the block each lies in.
+
+    None if the first input is used otherwise than by slices that lie within one block each.
+    """
+    theta, ends = jaxpr.invars[0], np.cumsum(blocks)
+    inputs, owners, rest = [], [], []
+    for eqn in jaxpr.eqns:
+        if not any(v is theta for v in eqn.invars):
+            rest.append(eqn)
+            continue
+        if eqn.primitive.name != "slice":
+            return None
+        first, last = eqn.params["start_indices"][0], eqn.params["limit_indices"][0] - 1
+        block = int(np.searchsorted(ends, first, side="right"))
+        if last >= ends[block]:
+            return None
+        inputs.append(eqn.outvars[0])
+        owners.append(block)
+    if any(v is theta for v in jaxpr.outvars):
+        return None
+    names = jex.DebugInfo("linearity", "neurobayes.linearity", None, None)
+    cut = jex.Jaxpr(jaxpr.constvars, [*inputs, *jaxpr.invars[1:]], jaxpr.outvars, rest, debug_info=names)
+    return cut, owners
+
+
+def entering_scalars(hoisted: Hoisted | Recomputed, centre: np.ndarray, carry: Any, row_weights: Any) -> np.ndarray:
     """Which scalars of ``theta`` move which output on rows of positive weight: bool ``(outputs, size)``.
 
     Read off the zeros of random combinations of the rows of ``J``; a zero that
@@ -113,7 +180,7 @@ def entering_scalars(hoisted: Hoisted, centre: np.ndarray, carry: Any, row_weigh
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _entering_scalars(hoisted: Hoisted, centre: Array, carry: Any, row_weights: Array) -> Array:
+def _entering_scalars(hoisted: Hoisted | Recomputed, centre: Array, carry: Any, row_weights: Array) -> Array:
     outputs, pull = jax.vjp(lambda theta: hoisted.late(theta, carry), centre)
     random = jax.random.normal(jax.random.key(0), (2, outputs.shape[0], 1)) * (row_weights > 0)[:, None]
     cotangents = random[:, None] * jnp.eye(outputs.shape[1])[:, None, :]
@@ -140,7 +207,9 @@ def separate(entering: np.ndarray) -> np.ndarray | None:
     return slots
 
 
-def linearise(hoisted: Hoisted, centre: np.ndarray, carry: Any, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def linearise(
+    hoisted: Hoisted | Recomputed, centre: np.ndarray, carry: Any, slots: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The affine map around ``centre``: values ``(n, outputs)`` and slopes ``(slots, n, outputs)``.
 
     ``slopes[k, i, o]`` is the derivative of output ``o`` of row ``i`` in the
@@ -153,7 +222,7 @@ def linearise(hoisted: Hoisted, centre: np.ndarray, carry: Any, slots: np.ndarra
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _linearise(hoisted: Hoisted, centre: Array, carry: Any, slots: Array) -> tuple[Array, Array]:
+def _linearise(hoisted: Hoisted | Recomputed, centre: Array, carry: Any, slots: Array) -> tuple[Array, Array]:
     values, push = jax.linearize(lambda theta: hoisted.late(theta, carry), centre)
 
     def slope(scalars):

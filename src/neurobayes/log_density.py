@@ -18,6 +18,7 @@ from ._typing import Array, Params, State
 from .hoisting import Hoisted
 from .likelihoods import Likelihood
 from .networks.base import Network
+from .partition import Partition
 from .priors import WeightPrior
 from .row_blocks import Recomputed, hoist_rows
 from .subspaces import RandomPart
@@ -41,6 +42,12 @@ class Form:
     likelihood: Likelihood
     num_theta: int
     num_noise: int
+    blocks: tuple[int, ...] = ()
+    """Lengths of the pieces of ``theta`` that belong to different leaves, in order."""
+
+    def position_scale(self, terms: Terms) -> Array:
+        """How far each entry of a position may move a priori: prior standard deviations, one for the noise."""
+        return jnp.concatenate([jnp.asarray(terms.prior.std), jnp.ones(self.num_noise)])
 
     def outputs(self, position: Array, carry: Any) -> Array:
         """The network's outputs for the training rows at ``position``."""
@@ -121,7 +128,8 @@ def build(
     """
     hoisted, carry = hoist_rows(network, partition, params, state, x)
     num_outputs = 1 if np.ndim(y) == 1 else np.shape(y)[1]
-    form = Form(hoisted, likelihood, partition.size, likelihood.num_noise(num_outputs))
+    blocks = tuple(count for count in partition.counts().values() if count) if isinstance(partition, Partition) else ()
+    form = Form(hoisted, likelihood, partition.size, likelihood.num_noise(num_outputs), blocks)
     return LogDensity(form, Terms(carry, y, row_weights, prior, noise_prior))
 
 

@@ -3,26 +3,26 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import trees
-from ._drawing import BLUE, GREY, ORANGE, light_grid, new_figure
+from ._drawing import BLUE, ORANGE, light_grid, new_figure
 from .errors import NotFittedError, OptionError, SelectionError
-from .models.tables import layers_of
 from .networks.base import Layer
-from .partition import Partition
-from .subspaces import RandomPart, Subspace
 from .weight_indices import pair_grids
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from .advisor import PartitionComparison
+    from .subspaces import RandomPart
 
 _FROZEN = "#e9ecef"
-_MAX_CELLS = 48  # a finer grid would not be seen
+_MAX_CELLS = 96  # a finer grid would not be seen
+_MAX_OUTLINED = 32
 _MAX_PANELS = 24
 _COLUMNS = 3
 
@@ -99,23 +99,31 @@ def partition(model_or_partition: Any) -> "Figure":
     return figure
 
 
-def _headline(chosen: RandomPart) -> str:
+def _headline(chosen: "RandomPart") -> str:
+    from .subspaces import Subspace
+
     total = sum(mask.size for mask in chosen.masks().values())
     if isinstance(chosen, Subspace):
         return f"{total:,} weights move along {chosen.size:,} directions"
     return f"{chosen.size:,} of {total:,} weights are Bayesian"
 
 
-def _layers_and_partition(given: Any) -> tuple[Sequence[Layer], Mapping[str, tuple[int, ...]], RandomPart]:
+def _layers_and_partition(given: Any) -> tuple[Sequence[Layer], Mapping[str, tuple[int, ...]], "RandomPart"]:
+    from .models.base import InputTemplate, as_user_network, network_info
+    from .partition import Partition
+    from .subspaces import Subspace
+
     if isinstance(given, Partition | Subspace):
         shapes = {path: mask.shape for path, mask in given.masks().items()}
         names = dict.fromkeys(trees.parent(path) or path for path in shapes)
         return [_guessed(name, shapes) for name in names], shapes, given
     if not hasattr(given, "layer_context"):
         raise OptionError(f"plots.partition takes a fitted PartialBNN or a Partition; got {type(given).__name__}.")
-    info, chosen = layers_of(given)
+    architecture, row_shape, chosen = given.layer_context()
     if chosen is None:
         raise NotFittedError(f"this {type(given).__name__} has no Bayesian weights to show yet. Call fit(X, y) first.")
+    network = as_user_network(architecture)
+    info = network_info(network, InputTemplate(tuple(row_shape), network.input_spec.tokens).example)
     return info.layers, info.shapes, chosen
 
 
@@ -188,15 +196,20 @@ def _panel(part: Any, unit: _Unit) -> None:
     images = [] if unit.share is None else [("", unit.share)]
     images += [(name, strip[None]) for name, strip in unit.strips.items()]
     heights = [12.0 if not name else 1.4 for name, _ in images]
-    axes = part.subplots(len(images), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for ax, (name, share) in zip(axes, images, strict=True):
+    if unit.share is None:  # vectors alone: strips as low as beside a kernel
+        heights.append(12.0)
+    axes = part.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for empty in axes[len(images) :]:
+        empty.set_axis_off()
+    for ax, (name, share) in zip(axes, images, strict=False):
         _heat_map(ax, share)
         if name:
             ax.set_yticks([0], [name], fontsize=8)
             ax.set_xticks([])
         else:
-            ax.set_ylabel("in", fontsize=8, labelpad=1)
-            ax.set_xlabel("out", fontsize=8, labelpad=1)
+            down, across = ("token", "feature") if unit.kind == "embedding" else ("in", "out")
+            ax.set_ylabel(down, fontsize=8, labelpad=1)
+            ax.set_xlabel(across, fontsize=8, labelpad=1)
     axes[0].set_title(f"{unit.name}\n{unit.count}", fontsize=9)
 
 
@@ -215,7 +228,7 @@ def _heat_map(ax: Any, share: np.ndarray) -> None:
         if count == 1:
             axis.set_ticks([0])
     ax.tick_params(labelsize=7, length=2, pad=1)
-    if max(share.shape) <= _MAX_CELLS:  # white lines between the cells
+    if max(share.shape) <= _MAX_OUTLINED:  # white lines between the cells
         ax.set_xticks(np.arange(0.5, share.shape[1] - 1), minor=True)
         ax.set_yticks(np.arange(0.5, share.shape[0] - 1), minor=True)
         ax.grid(which="minor", color="white", linewidth=0.5)
@@ -227,7 +240,71 @@ def _pooled(share: np.ndarray) -> np.ndarray:
     """Means over blocks, at most ``_MAX_CELLS`` of them along each axis."""
     for axis, size in enumerate(share.shape):
         if size > _MAX_CELLS:
-            starts = np.unique(np.linspace(0, size, _MAX_CELLS, endpoint=False).astype(int))
+            starts = np.arange(0, size, math.ceil(size / _MAX_CELLS))
             widths = np.diff([*starts, size])
             share = np.add.reduceat(share, starts, axis=axis) / np.expand_dims(widths, 1 - axis)
     return share
+
+
+_PANELS = {
+    "regression": (("nlpd", "held-out NLPD [nats]"), ("coverage", "coverage of 95 % intervals"), ("crps", "CRPS")),
+    "classification": (("nll", "held-out NLL [nats]"), ("ece", "calibration error (ECE)"), ("accuracy", "accuracy")),
+}
+
+
+def partition_comparison(comparison: "PartitionComparison") -> "Figure":
+    """Scores of each candidate on held-out rows, and its effective draws per second, one row per candidate.
+
+    The best candidate is orange; candidates whose draws are not to be trusted are hollow, and those
+    without a result are listed with the reason.
+
+    Parameters
+    ----------
+    comparison : result of ``compare_partitions``.
+
+    Returns
+    -------
+    A Matplotlib figure.
+    """
+    rows = comparison.table
+    scored = [(place, row) for place, row in enumerate(rows) if row["status"] == "done"]
+    figure = new_figure(11.0, 1.5 + 0.36 * len(rows))
+    panels = [*_PANELS["regression" if comparison.is_regression else "classification"],
+              ("ess_per_second", "effective draws per second")]  # fmt: skip
+    axes = figure.subplots(1, len(panels), sharey=True)
+    for ax, (name, label) in zip(axes, panels, strict=True):
+        light_grid(ax)
+        if name == "coverage":
+            ax.axvline(0.95, color="0.4", linewidth=1, linestyle="--")
+        if name == "ess_per_second":
+            ax.set_xscale("log")
+        for place, row in scored:
+            if not np.isfinite(row[name]):
+                continue
+            colour = ORANGE if row["name"] == comparison.best else BLUE
+            filled = {"markerfacecolor": colour if row["ok"] else "white", "markeredgecolor": colour}
+            if name in ("nlpd", "nll"):
+                ax.hlines(place, row[name] - row["standard_error"], row[name] + row["standard_error"], color=colour)
+            ax.plot(row[name], place, marker="o", markersize=7, linestyle="", **filled)
+        ax.set_title(label, fontsize=9)
+        ax.tick_params(labelsize=8)
+        ax.margins(x=0.12)
+    axes[0].set_zorder(1)
+    axes[0].patch.set_visible(False)
+    for place, row in enumerate(rows):
+        if row["status"] != "done":
+            reason = shorten(f"{row['status']}: {row['note']}", 110, placeholder=" …")
+            text = axes[0].text(
+                0.02, place, reason, transform=axes[0].get_yaxis_transform(), fontsize=7, color="0.35", va="center",
+                zorder=5, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+            )  # fmt: skip
+            text.set_in_layout(False)  # it runs across all panels of its row
+    sizes = [f"{row['num_bayesian']:,}" if row["num_bayesian"] is not None else "?" for row in rows]
+    labels = [f"{row['name']} ({size})" for row, size in zip(rows, sizes, strict=True)]
+    axes[0].set_yticks(range(len(rows)), labels, fontsize=8)
+    axes[0].set_ylim(len(rows) - 0.4, -0.6)
+    figure.suptitle(
+        f"{comparison.num_held_out:,} held-out rows; in brackets the number of Bayesian weights; "
+        "bars: one standard error; hollow: do not trust the draws", fontsize=9,
+    )  # fmt: skip
+    return figure

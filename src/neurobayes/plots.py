@@ -4,7 +4,8 @@ Every function draws into the Matplotlib axes ``ax``, or into those of a new
 figure, and returns the axes: ``plots.parity(y, mean, var).figure.savefig("parity.png")``.
 Arguments are as in ``metrics``: ``(y_true, mean, var)`` of shape (n,) or (n, 1),
 or ``(labels, probabilities)`` of shapes (n,) and (n, C). Pyplot is not used, so
-no global state and no backend is touched.
+no global state and no backend is touched. ``partition`` and ``partition_comparison``
+show which weights are Bayesian, and which should be; they return a whole figure.
 """
 
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,25 +14,28 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import errors, metrics
+from ._drawing import BLUE as _BLUE
+from ._drawing import GREY as _GREY
+from ._drawing import ORANGE as _ORANGE
+from ._drawing import light_grid, new_figure
+from .partition_plots import partition, partition_comparison
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_BLUE, _ORANGE, _GREY = "#2f6690", "#d1603d", "#8d99a6"
+__all__ = [
+    "calibration", "confidence_histogram", "interval_width", "parity", "partition", "partition_comparison",
+    "reliability", "uncertainty_histogram",
+]  # fmt: skip
+
 _MAX_POINTS = 2000  # more would hide each other and take seconds to draw
 
 
 def _axes(ax: "Axes | None", *, square: bool) -> "Axes":
     """``ax``, or the axes of a new figure, with a light grid and two spines."""
     if ax is None:
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise errors.missing_extra("matplotlib", "plots", "Plotting") from None
-        ax = Figure(figsize=(5.0, 5.0) if square else (6.0, 4.2), dpi=150, layout="constrained").subplots()
-    ax.grid(color="0.9", linewidth=0.8)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
+        ax = new_figure(*((5.0, 5.0) if square else (6.0, 4.2))).subplots()
+    light_grid(ax)
     return ax
 
 

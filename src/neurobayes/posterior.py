@@ -36,4 +36,4 @@ class Posterior:
     @property
     def flat_draws(self) -> np.ndarray:
         """All draws of all chains, shape (chain * draw, size)."""
-        return self.draws.reshape(-1, self.draws.shape[-1])
+        return self.draws.reshape(self.num_chains * self.num_draws, self.draws.shape[-1])

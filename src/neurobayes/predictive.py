@@ -1,7 +1,7 @@
 """Predictions from draws, in bounded memory.
 
 The part of the forward pass that no random weight enters is computed once for
-each block of rows; the draws then run through the rest in blocks of their own,
+each block of rows; the draws then run through the rest one after another,
 and only running moments are kept. Memory follows the block sizes, not the
 number of rows times the number of draws.
 """
@@ -20,10 +20,12 @@ from ._typing import Array, Params, State
 from .hoisting import Hoisted, hoist_network
 from .networks.base import Network
 from .partition import Partition
-from .row_blocks import BLOCK_BYTES, rows_per_block
+from .row_blocks import rows_per_block
 from .subspaces import RandomPart
 
 MAX_DRAWS_PER_BLOCK = 256
+"""Draws in one compiled call at most."""
+
 VALUES_PER_BLOCK = 2**22
 """Row-draw pairs kept at once where quantiles need all draws of a row."""
 
@@ -127,10 +129,9 @@ def function_draws(source: Source, x: np.ndarray, theta: np.ndarray) -> np.ndarr
     parts = []
     for block, size in _row_blocks(x, _rows(source, x)):
         hoisted, carry = _hoist(source, block)
-        per_block = _draws_per_block(hoisted)
         outs = [
             np.asarray(_outputs(hoisted, chunk, carry))[:count, :size]
-            for chunk, count in _draw_blocks(theta, per_block)
+            for chunk, count in _draw_blocks(theta, MAX_DRAWS_PER_BLOCK)
         ]
         parts.append(np.concatenate(outs))
     return np.concatenate(parts, axis=1)
@@ -180,10 +181,9 @@ def _reduce(source: Source, x: np.ndarray, quantity) -> tuple[np.ndarray, np.nda
     means, squares = [], []
     for block, size in _row_blocks(x, _rows(source, x)):
         hoisted, carry = _hoist(source, block)
-        moments = None
-        for chunk, count in _draw_blocks(source.theta, _draws_per_block(hoisted)):
-            moments = _accumulate(hoisted, quantity, chunk, carry, np.float32(count), moments)
-        assert moments is not None
+        moments = _no_moments(hoisted, quantity, source.theta, carry)
+        for chunk, count in _draw_blocks(source.theta, MAX_DRAWS_PER_BLOCK):
+            moments = _accumulate(hoisted, quantity, chunk, carry, np.int32(count), moments)
         means.append(np.asarray(moments[1])[:size])
         squares.append(np.asarray(moments[2])[:size])
     return np.concatenate(means), np.concatenate(squares)
@@ -191,26 +191,31 @@ def _reduce(source: Source, x: np.ndarray, quantity) -> tuple[np.ndarray, np.nda
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _accumulate(hoisted: Hoisted, quantity, theta: Array, carry: Any, count: Array, moments):
-    """Chan's pairwise update of (count, mean, sum of squares) with a block of draws; ``count`` of them are real."""
-    values = quantity(jax.vmap(lambda t: hoisted.late(t, carry))(theta))
-    real = (jnp.arange(theta.shape[0]) < count).astype(values.dtype).reshape(-1, *[1] * (values.ndim - 1))
-    mean = jnp.sum(real * values, axis=0) / count
-    squares = jnp.sum(real * (values - mean) ** 2, axis=0)
-    if moments is None:
-        return count, mean, squares
-    old_count, old_mean, old_squares = moments
-    total = old_count + count
-    shift = mean - old_mean
-    return (
-        total,
-        old_mean + shift * (count / total),
-        old_squares + squares + shift**2 * (old_count * count / total),
-    )
+    """Welford's update of (number, mean, sum of squares) with the first ``count`` draws of a block.
+
+    One draw after another: its activations stay in the processor's cache, which
+    those of many draws at once would not.
+    """
+
+    def add(i, moments):
+        number, mean, squares = moments
+        values = quantity(hoisted.late(theta[i], carry))
+        change = values - mean
+        mean = mean + change / (number + 1)
+        return number + 1, mean, squares + change * (values - mean)
+
+    return jax.lax.fori_loop(0, count, add, moments)
+
+
+def _no_moments(hoisted: Hoisted, quantity, theta: np.ndarray, carry: Any):
+    values = jax.eval_shape(lambda draw: quantity(hoisted.late(draw, carry)), theta[0])
+    zeros = np.zeros(values.shape, values.dtype)
+    return np.float32(0), zeros, zeros
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _outputs(hoisted: Hoisted, theta: Array, carry: Any) -> Array:
-    return jax.vmap(lambda t: hoisted.late(t, carry))(theta)
+    return jax.lax.map(lambda draw: hoisted.late(draw, carry), theta)
 
 
 def _hoist(source: Source, block: np.ndarray):
@@ -228,11 +233,6 @@ def _row_blocks(x: np.ndarray, rows: int):
 
 def _rows(source: Source, x: np.ndarray) -> int:
     return rows_per_block(source.network, source.partition, source.params, source.state, x)
-
-
-def _draws_per_block(hoisted: Hoisted) -> int:
-    """Draws whose largest intermediate result in the late part stays within the block's bytes."""
-    return max(1, min(MAX_DRAWS_PER_BLOCK, BLOCK_BYTES // max(1, hoisted.late_bytes)))
 
 
 def _draw_blocks(theta: np.ndarray, size: int):

@@ -63,6 +63,7 @@ class Subspace:
         if np.any(np.abs(diagonal) <= 1e-6 * np.linalg.norm(flat, axis=1).max()):
             raise ParameterError(f"the {len(flat)} directions of a subspace must be linearly independent.")
         rows = (orthonormal * np.sign(diagonal)).T.astype(np.float32)  # signs of the given directions
+        rows[:, (flat == 0).all(axis=0)] = 0.0  # exactly: these weights are frozen
         ends = np.cumsum([math.prod(shape) for shape in shapes.values()])[:-1]
         parts = np.split(rows, ends, axis=1)
         basis = tuple(part.reshape(-1, *shape) for part, shape in zip(parts, shapes.values(), strict=True))

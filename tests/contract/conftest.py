@@ -19,7 +19,7 @@ class Scatter(Engine):
 
     scale: float = 0.1
 
-    def run(self, key, log_density, start, *, num_warmup, num_samples, num_chains=1, on_progress=None):
+    def run(self, key, log_density, start, *, num_warmup, num_samples, num_chains=1, **kwargs):
         shape = (num_chains, num_samples)
         noise = np.asarray(jax.random.normal(key, (*shape, log_density.size)))
         draws = np.asarray(start + self.scale * noise, np.float32)
@@ -53,7 +53,10 @@ def three_classes():
 @pytest.fixture(scope="session")
 def short():
     """Options of a short fit with the real sampler."""
-    return {"num_warmup": 80, "num_samples": 100, "sgd_epochs": 30, "map_sigma": 1.0, "progress_bar": False}
+    return {
+        "num_warmup": 80, "num_samples": 100, "sgd_epochs": 30, "map_sigma": 1.0, "progress_bar": False,
+        "engine": "nuts",
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -28,9 +28,7 @@ def deep_mlp():
 @pytest.fixture(scope="module")
 def document_choice(deep_mlp):
     """Whole layers by name and single weights of others, as the document combines them."""
-    return nb.PartialBNN(
-        deep_mlp, probabilistic_layer_names=["Dense1", "Dense3"], probabilistic_neurons=NEURONS
-    )
+    return nb.PartialBNN(deep_mlp, probabilistic_layer_names=["Dense1", "Dense3"], probabilistic_neurons=NEURONS)
 
 
 def counts(model):
@@ -42,9 +40,7 @@ def counts(model):
     [(1, {"Dense3.bias": 1, "Dense3.kernel": 6}),
      (2, {"Dense2.bias": 6, "Dense2.kernel": 48, "Dense3.bias": 1, "Dense3.kernel": 6})],
 )  # fmt: skip
-def test_number_of_probabilistic_layers_counts_the_output_layer(
-    deep_mlp, four_columns, quick, num_layers, expected
-):
+def test_number_of_probabilistic_layers_counts_the_output_layer(deep_mlp, four_columns, quick, num_layers, expected):
     """Trap: num_probabilistic_layers=1 means two layers."""
     pbn = nb.PartialBNN(deep_mlp, num_probabilistic_layers=num_layers)
     assert counts(pbn.fit(*four_columns[:2], **quick)) == expected

@@ -159,9 +159,7 @@ def test_attention_out_indices_wrong(tokens, quick):
     assert np.argwhere(masks["TokenEmbed.embedding"]).tolist() == [[1, 0], [8, 3]]
     assert np.all(np.isfinite(model.predict(tokens[0])[0]))
     with pytest.raises(nb.errors.SelectionError, match=r"'out'.*'output'"):
-        nb.PartialBNN(TRANSFORMER, probabilistic_neurons={"Block0_Attention": [("output", 0, 0)]}).fit(
-            *tokens, **quick
-        )
+        nb.PartialBNN(TRANSFORMER, probabilistic_neurons={"Block0_Attention": [("output", 0, 0)]}).fit(*tokens, **quick)
 
 
 @pytest.mark.parametrize("method", ["variance", "gradient", "magnitude", "clustering"])
@@ -188,7 +186,7 @@ def test_out_of_vocabulary_tokens_give_nan(tokens, quick):
     model = nb.PartialBNN(TRANSFORMER).fit(X, y, **quick)
     for bad in (9, -1, 2**31):
         with pytest.raises(nb.errors.DataError, match=r"outside 0\.\.8"):
-            model.predict(np.where(X == X[0, 0], bad, X))
+            model.predict(np.where(np.arange(6) == 2, bad, X))
     # Shorter sequences are fine, and padding them changes nothing.
     shorter = np.c_[X[:, :4], np.zeros((40, 2), int)]
     np.testing.assert_allclose(model.predict(X[:, :4])[0], model.predict(shorter)[0], rtol=1e-4, atol=1e-4)
@@ -209,7 +207,7 @@ def test_conv_1d_and_3d_partial_always_fail(quick, dims, size):
     assert mask[..., 0, 2].all() and mask[..., 1, 1].all()
     mean, variance = model.predict(X[:6])
     assert mean.shape == variance.shape == (6,)
-    config = {"method": "variance", "layer_names": ["Conv0"], "num_pairs_per_layer": 4}
+    config = {"method": "magnitude", "layer_names": ["Conv0"], "num_pairs_per_layer": 4}
     model = nb.PartialBNN(network).fit(X, y, **quick, select_neurons_config=config)
     assert counts(model) == {"Conv0.kernel": 4 * window}
 
@@ -222,7 +220,7 @@ def test_images_without_a_channel_axis(quick):
 
 
 class Residual(nn.Module):
-    """A user's own network: submodules made in setup, one of them used twice, one jitted."""
+    """A user's own network: submodules made in setup, one of them used twice, and a function of it jitted."""
 
     def setup(self):
         self.first = nn.Dense(5)
@@ -232,8 +230,8 @@ class Residual(nn.Module):
     def __call__(self, x):
         h = nn.tanh(self.first(x))
         h = h + nn.tanh(self.shared(h))
-        h = h + nn.tanh(self.shared(h))
-        return jax.jit(self.head)(h)
+        h = h + jax.jit(nn.tanh)(self.shared(h))
+        return self.head(h)
 
 
 class TwoHeads(nn.Module):
@@ -286,20 +284,19 @@ def test_dropout_is_off_when_the_network_is_bayesian(regression, at_the_trained_
 
 def test_divergences_without_a_word(mlp, regression, short):
     """The trap: 200 of 1000 trajectories diverged, and nothing was said."""
-    few = {**short, "num_warmup": 2, "num_samples": 6}
+    few = {**short, "num_samples": 6}
     with pytest.warns(nb.errors.ConvergenceWarning, match=r"(?s)Do not trust.*To mend it"):
-        model = nb.PartialBNN(mlp, bayesian=nb.everything()).fit(*regression, **few)
+        model = nb.PartialBNN(mlp, num_probabilistic_layers=1).fit(*regression, **few)
     diagnostics = model.diagnostics()
     assert not diagnostics.ok
     assert diagnostics.verdict.startswith("Do not trust")
 
 
-def test_good_draws_are_said_to_be_good(regression):
-    X, y = regression
-    model = nb.PartialBNN(nb.FlaxMLP([], 1))
+def test_good_draws_are_said_to_be_good(mlp, regression, short):
+    model = nb.PartialBNN(mlp, num_probabilistic_layers=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model.fit(X, y, num_warmup=200, num_samples=500, sgd_epochs=30, map_sigma=1.0, progress_bar=False)
+        model.fit(*regression, **{**short, "num_samples": 1500})
     diagnostics = model.diagnostics()
     assert diagnostics.ok and diagnostics.verdict.startswith("The draws can be trusted")
     assert diagnostics.r_hat < 1.05 and diagnostics.ess_bulk > 100

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 HAS_TORCH = find_spec("torch") is not None and find_spec("torchax") is not None
 
-collect_ignore = [] if HAS_TORCH else ["test_torch_modules.py"]
+collect_ignore = [] if HAS_TORCH else ["test_partial_bnn.py", "test_torch_modules.py"]
 
 
 def pytest_report_header() -> str:

@@ -26,9 +26,8 @@ def integrate(
 
     Returns
     -------
-    Points ``(nodes, columns)``, evenly spaced in each column; log weights of that shape, each column summing to
-    one; the logarithm of each integral ``(columns,)``. ``log_density`` sees arrays of ``num_coarse`` or
-    ``num_nodes`` rows only, so that a compiled one is compiled twice.
+    Points ``(nodes, columns)``, evenly spaced in each column; log weights of that shape, the weights of each
+    column summing to one; the logarithm of each integral ``(columns,)``.
     """
     ends = np.full(num_columns, low), np.full(num_columns, high)
     points, values, ends = _look(log_density, ends, num_coarse)
@@ -39,7 +38,7 @@ def integrate(
         if done:
             break
     while len(points) < MAX_NODES and np.any(_roughness(values) > SMOOTHING):
-        points, values = _halve(log_density, points, values, num_nodes)
+        points, values = _halve(log_density, points, values)
     peak = values.max(axis=0)
     mass = np.exp(values - peak)
     spacing = points[1] - points[0]
@@ -49,7 +48,7 @@ def integrate(
 
 def _look(log_density: LogDensity, ends, num_nodes: int):
     """Values on an even grid, and the ends of the part that matters, one spacing wider on either side."""
-    points = np.linspace(*ends, num_nodes)
+    points = np.linspace(ends[0], ends[1], num_nodes)
     values = _finite(log_density(points))
     inside = values > values.max(axis=0) - NEGLIGIBLE
     first = np.maximum(np.argmax(inside, axis=0) - 1, 0)
@@ -66,14 +65,12 @@ def _roughness(values: np.ndarray) -> np.ndarray:
     return np.sum(mass * np.where(mass > 0, curvature, 0.0), axis=0) / np.maximum(mass.sum(axis=0), 1e-300)
 
 
-def _halve(log_density: LogDensity, points: np.ndarray, values: np.ndarray, num_rows: int):
-    """The grid with its midpoints added, evaluated ``num_rows`` at a time."""
+def _halve(log_density: LogDensity, points: np.ndarray, values: np.ndarray):
+    """The grid with its midpoints added."""
     middle = 0.5 * (points[1:] + points[:-1])
-    padded = np.pad(middle, ((0, -len(middle) % num_rows), (0, 0)), mode="edge")
-    blocks = [_finite(log_density(block)) for block in np.split(padded, len(padded) // num_rows)]
     new_points, new_values = (np.empty((2 * len(points) - 1, points.shape[1])) for _ in range(2))
     new_points[::2], new_points[1::2] = points, middle
-    new_values[::2], new_values[1::2] = values, np.concatenate(blocks)[: len(middle)]
+    new_values[::2], new_values[1::2] = values, _finite(log_density(middle))
     return new_points, new_values
 
 
@@ -81,7 +78,19 @@ def _finite(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), -np.inf, values)
 
 
-def pick(log_weights: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
-    """Nodes drawn by their weights ``(nodes,)``, one for each number in [0, 1)."""
-    cumulative = np.cumsum(np.exp(log_weights))
-    return np.minimum(np.searchsorted(cumulative, uniforms * cumulative[-1], side="right"), len(log_weights) - 1)
+def draw(nodes: np.ndarray, log_weights: np.ndarray, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Draws of the piecewise linear density through evenly spaced nodes, and the node that each belongs to.
+
+    The density is a mixture of hat functions, one for each node. ``uniforms`` is (draws, 2), in [0, 1): the first
+    column goes through the inverse distribution function, the second chooses between the two hats at that point.
+    """
+    density = np.exp(log_weights)
+    cumulative = np.concatenate([[0.0], np.cumsum(0.5 * (density[1:] + density[:-1]))])
+    mass = uniforms[:, 0] * cumulative[-1]
+    cell = np.minimum(np.searchsorted(cumulative, mass, side="right"), len(nodes) - 1) - 1
+    left, right = density[cell], density[cell + 1]
+    rest = mass - cumulative[cell]
+    root = np.sqrt(np.maximum(left**2 + 2.0 * (right - left) * rest, 0.0))
+    fraction = np.clip(2.0 * rest / np.maximum(left + root, 1e-300), 0.0, 1.0)
+    to_right = uniforms[:, 1] * (left * (1.0 - fraction) + right * fraction) < right * fraction
+    return nodes[cell] + (nodes[1] - nodes[0]) * fraction, cell + to_right

@@ -7,7 +7,7 @@ import numpy as np
 from .._typing import Key
 from ..log_density import LogDensity
 from ..posterior import Posterior
-from .base import Engine, ProgressCallback
+from .base import Engine, RunControl
 from .last_layer import LastLayer, examine
 from .nuts import NUTS
 
@@ -35,13 +35,19 @@ class Auto(Engine):
         num_warmup: int,
         num_samples: int,
         num_chains: int = 1,
-        on_progress: ProgressCallback | None = None,
+        control: RunControl = RunControl(),  # noqa: B008 - frozen
     ) -> Posterior:
-        reason, _ = examine(log_density)
-        engine = NUTS(chain_method=self.chain_method) if reason else LastLayer()
-        posterior = engine.run(
-            key, log_density, start, num_warmup=num_warmup, num_samples=num_samples, num_chains=num_chains,
-            on_progress=on_progress,
-        )  # fmt: skip
-        posterior.info["chosen_because"] = reason or "the random weights enter the output linearly"
+        reason, design = examine(log_density)
+        if design is not None:
+            reason = "the random weights enter the output linearly"
+            posterior = LastLayer().solve(
+                design, key, log_density.terms.noise_prior,
+                num_samples=num_samples, num_chains=num_chains, control=control,
+            )  # fmt: skip
+        else:
+            posterior = NUTS(chain_method=self.chain_method).run(
+                key, log_density, start,
+                num_warmup=num_warmup, num_samples=num_samples, num_chains=num_chains, control=control,
+            )  # fmt: skip
+        posterior.info["chosen_because"] = reason
         return posterior

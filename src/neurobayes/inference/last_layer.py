@@ -10,17 +10,18 @@ import dataclasses
 import time
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from .. import _checks, linearity
 from .._typing import Key
 from ..errors import OptionError, TrainingError
 from ..likelihoods import Gaussian
-from ..linear_regression import Spectrum, decompose
-from ..log_density import LogDensity, noise_log_prior
+from ..linear_regression import OutputPosterior, Spectrum, decompose
+from ..log_density import LogDensity
 from ..posterior import Posterior
 from . import _quadrature
-from .base import Engine, ProgressCallback
+from .base import Engine, RunControl
 
 MAX_SCALARS = 8192
 """Largest eigenproblem, the smaller of rows and weights of an output; beyond, sampling is faster."""
@@ -72,28 +73,25 @@ class LastLayer(Engine):
         num_warmup: int,
         num_samples: int,
         num_chains: int = 1,
-        on_progress: ProgressCallback | None = None,
+        control: RunControl = RunControl(),  # noqa: B008 - frozen
     ) -> Posterior:
-        started = time.perf_counter()
         reason, design = examine(log_density)
         if design is None:
             raise OptionError(f"engine='last_layer' does not apply: {reason}. Use engine='auto' or engine='nuts'.")
-        posterior = self.run_on(design, key, log_density, num_samples=num_samples, num_chains=num_chains)
-        posterior.info["seconds"] = time.perf_counter() - started
-        if on_progress is not None:
-            on_progress("sampling", num_samples, num_samples)
-        return posterior
+        return self.solve(
+            design, key, log_density.terms.noise_prior,
+            num_samples=num_samples, num_chains=num_chains, control=control,
+        )  # fmt: skip
 
-    def run_on(
-        self, design: "Design", key: Key, log_density: LogDensity, *, num_samples: int, num_chains: int
+    def solve(
+        self, design: "Design", key: Key, noise_prior: Any, *, num_samples: int, num_chains: int, control: RunControl
     ) -> Posterior:
-        """Draw from the posterior of a design that ``examine`` has found."""
+        """The posterior of a regression problem that ``examine`` has found."""
+        started = time.perf_counter()
         spectra = _spectra(design)
-        scales = self._integrate(spectra, log_density.terms.noise_prior)
+        scales = self._integrate(spectra, noise_prior)
         outputs = _mixtures(design, spectra, scales)
-        draws, scale_draws = _draw(
-            design, outputs, scales, key, log_density.terms.noise_prior, num_chains * num_samples
-        )
+        draws, scale_draws = _draw(design, outputs, scales, key, noise_prior, num_chains * num_samples)
         shape = (num_chains, num_samples)
         stats = {"diverging": np.zeros(shape, bool)}
         if scale_draws is not None:
@@ -101,10 +99,13 @@ class LastLayer(Engine):
         info = {
             "engine": "last_layer",
             "independent": True,
-            "log_evidence": scales.log_evidence,
+            "log_evidence": float(scales.log_evidence),
             "effective_dimensions": [output.effective_dimensions for output in outputs],
-            "outputs": outputs,
+            "mixture": Mixture(design.prior_mean, tuple(outputs)),
+            "seconds": time.perf_counter() - started,
         }
+        if control.on_progress is not None:
+            control.on_progress("sampling", num_samples, num_samples)
         return Posterior(draws.astype(np.float32).reshape(*shape, -1), stats, info)
 
     def _integrate(self, spectra: list[Spectrum], noise_prior: Any) -> "ScaleNodes":
@@ -132,6 +133,38 @@ class LastLayer(Engine):
         return ScaleNodes(
             nodes[:, 0], log_weights[:, 0], [found[t] for t in nodes[:, 0].tolist()], float(log_evidence[0])
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """The exact posterior as a mixture of Gaussians, for moments without draws.
+
+    Attributes
+    ----------
+    prior_mean : (size,) centre of the random weights' prior, where the network is linearised.
+    outputs : the posterior of each output's weights and noise.
+    """
+
+    prior_mean: np.ndarray
+    outputs: tuple[OutputPosterior, ...]
+
+    @property
+    def noise_var(self) -> np.ndarray:
+        """Posterior mean of each output's noise variance, ``(outputs,)``."""
+        return np.array([output.noise_var for output in self.outputs])
+
+
+def analytic_moments(mixture: Mixture, hoisted: Any, carry: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Exact posterior mean and variance of the network's outputs (noise not included), each ``(n, outputs)``.
+
+    ``hoisted`` and ``carry`` are the split forward pass for the rows wanted, as ``hoisting.hoist_network`` and
+    ``early`` give it.
+    """
+    scalars = np.stack([output.scalars for output in mixture.outputs], axis=1)
+    values, slopes = linearity.linearise(hoisted, np.asarray(mixture.prior_mean, np.float32), carry, scalars)
+    moments = [output.moments(values[:, i], slopes[:, :, i]) for i, output in enumerate(mixture.outputs)]
+    mean, variance = (np.stack(parts, axis=1) for parts in zip(*moments, strict=True))
+    return mean, variance
 
 
 class Design(NamedTuple):
@@ -239,9 +272,12 @@ def _integrate_noise(spectra: list[Spectrum], noise_prior: Any, scale: float, nu
 
 def _noise_prior(unconstrained: np.ndarray, noise_prior: Any) -> tuple[np.ndarray, np.ndarray]:
     """Log prior density in the unconstrained coordinate, and the noise std, both shaped like it, in float64."""
+    num_rows = len(unconstrained)
+    size = max(_quadrature.NUM_COARSE, 1 << (num_rows - 1).bit_length())  # one program serves all grids
     with jax.enable_x64(True):
-        log_prior, noise_std = _evaluate_noise_prior(unconstrained, noise_prior)
-        return np.asarray(log_prior), np.asarray(noise_std)
+        padded = np.pad(unconstrained, ((0, size - num_rows), (0, 0)), mode="edge")
+        log_prior, noise_std = _evaluate_noise_prior(padded, noise_prior)
+        return np.asarray(log_prior)[:num_rows], np.asarray(noise_std)[:num_rows]
 
 
 @jax.jit
@@ -282,17 +318,17 @@ def _draw(
     """
     words = [int(word) for word in np.asarray(jax.random.key_data(key)).ravel()]
     for_scale, for_noise, for_weights = (np.random.default_rng(s) for s in np.random.SeedSequence(words).spawn(3))
-    uniforms = for_scale.random((num_draws, 3))
+    uniforms = for_scale.random((num_draws, 2))
     log_scale, chosen = scales.log_scale[np.zeros(num_draws, int)], np.zeros(num_draws, int)
     if len(scales.log_scale) > 1:
-        log_scale, chosen = _between_nodes(scales.log_scale, scales.log_weights, uniforms)
-    uniforms = for_noise.random((num_draws, len(outputs), 3))
+        log_scale, chosen = _quadrature.draw(scales.log_scale, scales.log_weights, uniforms)
+    uniforms = for_noise.random((num_draws, len(outputs), 2))
     unconstrained = np.empty((num_draws, len(outputs)))
     for node in np.unique(chosen):
         noise, here = scales.noise[node], chosen == node
         for i in range(len(outputs)):
             grid = noise.unconstrained[:, i], noise.log_weights[:, i]
-            unconstrained[here, i] = _between_nodes(*grid, uniforms[here, i])[0]
+            unconstrained[here, i] = _quadrature.draw(*grid, uniforms[here, i])[0]
     noise_std = _noise_prior(unconstrained, noise_prior)[1]
     normals = for_weights.standard_normal((num_draws, len(outputs), len(design.scalars)))
     theta = np.empty((num_draws, len(design.prior_mean) + 1))  # the last column takes the unused slots
@@ -301,12 +337,3 @@ def _draw(
         theta[:, output.scalars] = np.append(design.prior_mean, 0.0)[output.scalars] + output.prior_std * drawn
     positions = np.concatenate([theta[:, :-1], unconstrained], axis=1)
     return positions, np.exp(log_scale) if len(scales.log_scale) > 1 else None
-
-
-def _between_nodes(nodes: np.ndarray, log_weights: np.ndarray, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Draws of the piecewise linear density through the nodes, and the node that each belongs to.
-
-    A node drawn by its weight plus a triangular step is a draw from its hat function. ``uniforms`` is (draws, 3).
-    """
-    chosen = _quadrature.pick(log_weights, uniforms[:, 0])
-    return nodes[chosen] + (nodes[1] - nodes[0]) * (uniforms[:, 1] + uniforms[:, 2] - 1.0), chosen

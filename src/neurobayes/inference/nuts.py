@@ -198,8 +198,7 @@ def _start_chains(kernel: Kernel, key, positions, jitter, step_sizes, masses, te
     def one(chain):
         index, position, step_size, mass = chain
         key_jitter, key_run = jax.random.split(jax.random.fold_in(key, index))
-        scale = jnp.concatenate([terms.prior.std, jnp.ones(kernel.form.num_noise)])
-        position = position + jitter * scale * jax.random.normal(key_jitter, position.shape)
+        position = position + jitter * kernel.form.position_scale(terms) * jax.random.normal(key_jitter, position.shape)
         return _init(kernel, key_run, position, step_size, mass, terms)
 
     return map_chains(one, (jnp.arange(len(positions)), positions, step_sizes, masses))

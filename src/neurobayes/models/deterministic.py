@@ -181,8 +181,8 @@ class DeterministicNN:
         early_stopping : True, a patience in epochs, or a dict with ``patience`` and ``min_delta``; stops on the
             validation loss and restores the weights where it was least.
         warm_start : continue from the current weights (and their units) instead of fresh ones.
-        track_statistics : keep per-weight variance and gradient over the second half of the epochs, for
-            ``select_bayesian_components``.
+        track_statistics : keep per-weight variance and gradient over the second half of the epochs (with early
+            stopping: after as many epochs as its patience, if that is sooner), for ``select_bayesian_components``.
         progress_bar : show progress on a terminal.
 
         Returns
@@ -320,7 +320,11 @@ class DeterministicNN:
         )
         if stopping is None:
             return settings
-        return settings._replace(patience=np.int32(stopping.patience), min_delta=np.float32(stopping.min_delta))
+        return settings._replace(
+            burn_in=np.int32(min(epochs // 2, stopping.patience)),  # no run ends before its patience has passed
+            patience=np.int32(stopping.patience),
+            min_delta=np.float32(stopping.min_delta),
+        )
 
     def _check_combination(self, stopping, averaging, validation_data, batch_size) -> None:
         if stopping is not None and validation_data is None:

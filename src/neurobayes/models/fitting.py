@@ -53,17 +53,22 @@ class Sampling:
     def from_user(
         cls, engine: Any, chain_method: str, num_warmup: int, num_samples: int, num_chains: int
     ) -> "Sampling":
-        """Checked options; the engine is NUTS unless a config is given."""
+        """Checked options; without an engine, exact draws where they are possible, else NUTS."""
         for name, count in (("num_warmup", num_warmup), ("num_samples", num_samples), ("num_chains", num_chains)):
             _checks.check_positive_int(name, count)
-        from ..inference.nuts import NUTS
+        from ..inference import ENGINES
 
-        if engine is None or engine == "nuts":
-            engine = NUTS(chain_method=chain_method)
-        elif isinstance(engine, str):
-            raise unknown_choice("engine", engine, ("nuts",))
+        engine = "auto" if engine is None else engine
+        if isinstance(engine, str):
+            if engine not in ENGINES:
+                raise unknown_choice("engine", engine, ENGINES)
+            config: Any = ENGINES[engine]
+            has_method = "chain_method" in (field.name for field in dataclasses.fields(config))
+            engine = config(chain_method=chain_method) if has_method else config()
         elif not isinstance(engine, Engine):
-            raise OptionError(f"engine must be an engine's config such as nb.inference.NUTS(), got {engine!r}.")
+            raise OptionError(
+                f"engine must be one of {', '.join(ENGINES)}, or a config such as nb.inference.NUTS(); got {engine!r}."
+            )
         return cls(engine, num_warmup, num_samples, num_chains)
 
 
@@ -170,7 +175,7 @@ def run(plan: Plan, key: Key, options: PretrainingOptions, sampling: Sampling, r
     noise_std = _noise(density, posterior)
     params, state = jax.tree.map(np.asarray, (params, state))
     source = Source(plan.network, partition, params, state, posterior.flat_draws[:, : partition.size], noise_std)
-    diagnostics = _judge(plan.prepared, source, posterior, sampling)
+    diagnostics = _judge(plan.prepared, source, posterior)
     seconds = {"training": trained - started, "sampling": time.perf_counter() - trained}
     prepared = plan.prepared
     return Fitted(
@@ -285,14 +290,16 @@ def _noise(density: log_density.LogDensity, posterior: Posterior) -> np.ndarray:
                                                   density.terms.noise_prior))  # fmt: skip
 
 
-def _judge(prepared: Prepared, source: Source, posterior: Posterior, sampling: Sampling) -> Diagnostics:
+def _judge(prepared: Prepared, source: Source, posterior: Posterior) -> Diagnostics:
     """Convergence of predicted values at reference rows, and of the noise."""
     chosen = np.unique(np.linspace(0, prepared.num_rows - 1, NUM_REFERENCE_ROWS).astype(int))
     values = predictive.function_draws(source, np.asarray(prepared.rows.x)[chosen], source.theta)
     values = values.reshape(posterior.num_chains, posterior.num_draws, -1)
     noise = source.noise_std.reshape(posterior.num_chains, posterior.num_draws, -1)
-    depth = getattr(sampling.engine, "max_tree_depth", 10)
-    return diagnose(np.concatenate([values, noise], axis=-1), posterior.stats, depth)
+    quantities, info = np.concatenate([values, noise], axis=-1), posterior.info
+    return diagnose(
+        quantities, posterior.stats, info.get("max_tree_depth", 10), independent=info.get("independent", False)
+    )
 
 
 def _as_numpy(pretrained: Pretrained | None) -> Pretrained | None:
