@@ -77,22 +77,31 @@ def _ours(density, start):
 
 
 def _numpyro(density, start):
-    from numpyro.infer import MCMC
     from numpyro.infer import NUTS as BareNUTS
 
     form, terms = density.form, density.terms
     kernel = BareNUTS(potential_fn=lambda position: -form(position, terms), dense_mass=False)
-    mcmc = MCMC(kernel, num_warmup=WARMUP, num_samples=DRAWS, progress_bar=False)
+    # The first state sets up the kernel's closures. MCMC itself would compile again in every run.
+    initial = kernel.init(jax.random.key(0), WARMUP, init_params=start, model_args=(), model_kwargs={})
+
+    @jax.jit
+    def warm_up(state, key):
+        state = state._replace(rng_key=key)
+        return jax.lax.fori_loop(0, WARMUP, lambda _, state: kernel.sample(state, (), {}), state)
+
+    @jax.jit
+    def draw(state):
+        def body(state, _):
+            state = kernel.sample(state, (), {})
+            return state, (state.z, state.num_steps)
+
+        return jax.lax.scan(body, state, None, length=DRAWS)
 
     def sample(seed: int) -> tuple[float, float]:
-        mcmc.warmup(jax.random.key(seed), init_params=start)
-        jax.block_until_ready(mcmc.post_warmup_state.z)
-        if seed == 0:  # the sampling program compiles on its first run
-            mcmc.run(jax.random.key(seed), extra_fields=("num_steps",))
+        state = jax.block_until_ready(warm_up(initial, jax.random.key(seed)))
         started = time.perf_counter()
-        mcmc.run(mcmc.post_warmup_state.rng_key, extra_fields=("num_steps",))
-        steps = np.asarray(mcmc.get_extra_fields()["num_steps"]).sum()
-        return float(steps), time.perf_counter() - started
+        _, (_, steps) = jax.block_until_ready(draw(state))
+        return float(np.asarray(steps).sum()), time.perf_counter() - started
 
     return sample
 

@@ -17,8 +17,9 @@ from .inference.base import Engine, RunControl
 from .likelihoods import Categorical, Gaussian
 from .models.base import TrainedParams, as_user_network, network_info, prepare
 from .models.deterministic import DeterministicNN
-from .models.fitting import Sampling, pretraining_options
+from .models.fitting import pretraining_options
 from .models.partial_bnn import PartialBNN
+from .models.sampling import Sampling
 from .network_info import DATA_SCORES, NetworkInfo
 from .networks.base import Network
 from .posterior import Posterior
@@ -177,7 +178,7 @@ def compare_partitions(
     started = time.perf_counter()
     if budget_seconds is not None:
         budget_seconds = _checks.check_positive("budget_seconds", budget_seconds)
-    sampling = Sampling.from_user(engine, "vectorized", num_warmup, num_samples, num_chains)
+    sampling = Sampling.from_user(engine, "vectorized", num_warmup, num_samples, num_chains, None, None, None)
     options = pretraining_options(sgd_epochs, sgd_lr, sgd_batch_size, swa_config, map_sigma)
     wrapped = as_user_network(network)
     fit_rows, held_out = _split(wrapped, X, y, num_classes, held_out_fraction, seed)
@@ -202,9 +203,7 @@ def compare_partitions(
     seconds = time.perf_counter() - started
     losses = {row["name"]: row.pop("losses", None) for row in rows}
     best = _best(rows, "nlpd" if num_classes is None else "nll")
-    return PartitionComparison(
-        rows, named, best, _equals(losses, best), num_classes is None, len(held_out[0]), seconds
-    )
+    return PartitionComparison(rows, named, best, _equals(losses, best), num_classes is None, len(held_out[0]), seconds)
 
 
 def default_candidates(info: NetworkInfo, statistics: Any = None) -> dict[str, Selector]:
@@ -353,9 +352,11 @@ def _split(network: Network, X: Any, y: Any, num_classes: int | None, held_out_f
 
 
 def _named(candidates: Mapping[str, Selector] | Iterable[Selector]) -> dict[str, Selector]:
-    if isinstance(candidates, Selector):
-        candidates = [candidates]
-    named = dict(candidates) if isinstance(candidates, Mapping) else {repr(each): each for each in candidates}
+    named: dict[str, Any]
+    if isinstance(candidates, Mapping):
+        named = {str(name): each for name, each in candidates.items()}
+    else:
+        named = {repr(each): each for each in candidates}
     wrong = [each for each in named.values() if not isinstance(each, Selector)]
     if wrong or not named:
         raise OptionError(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .errors import CheckpointError
@@ -146,7 +147,7 @@ def restore_leaves(like: Any, leaves: list[np.ndarray]) -> Any:
     if len(originals) != len(leaves):
         raise CheckpointError("the checkpoint's state does not fit this version of the library. Use an empty folder.")
     restored = [
-        jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(original)) if _is_key(original) else leaf
+        jax.random.wrap_key_data(jnp.asarray(leaf), impl=jax.random.key_impl(original)) if _is_key(original) else leaf
         for original, leaf in zip(originals, leaves, strict=True)
     ]
     return jax.tree.unflatten(tree, restored)

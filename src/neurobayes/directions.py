@@ -105,7 +105,7 @@ def subspace(
     stage = {"epochs": epochs, "num_snapshots": num_snapshots, "learning_rate": learning_rate}
     given = [name for name, value in stage.items() if value is not None]
     if from_ == "hessian" and given:
-        raise OptionError(f"{' and '.join(given)} belong to from_='swa'; from_='hessian' trains no further.")
+        raise OptionError(f"from_='hessian' trains no further and takes no {' or '.join(given)}; from_='swa' does.")
     count = max(MIN_SNAPSHOTS, 2 * rank) if num_snapshots is None else num_snapshots
     _checks.check_positive_int("num_snapshots", count, minimum=rank + 1)
     epochs = max(EPOCHS, count) if epochs is None else _checks.check_positive_int("epochs", epochs, minimum=count)
@@ -244,7 +244,7 @@ def hessian_directions(
 
     start = np.asarray(jax.random.normal(key, flat.shape))
     operator = LinearOperator((flat.size, flat.size), matvec=product, dtype=np.float32)  # pyright: ignore
-    values, vectors = eigsh(operator, k=rank, which="LA", v0=start, tol=LANCZOS_TOLERANCE)
+    values, vectors = eigsh(operator, k=rank, which="LA", v0=start, tol=LANCZOS_TOLERANCE)  # pyright: ignore
     order = np.argsort(-values)
     trees_of = [trees.flatten(unravel(jnp.asarray(vectors[:, k], jnp.float32))) for k in order]
     return {path: np.stack([np.asarray(tree[path]) for tree in trees_of]) for path in trees_of[0]}, values[order]

@@ -33,6 +33,10 @@ class TrainingError(NeuroBayesError, RuntimeError):
     """Deterministic training or sampling produced non-finite values."""
 
 
+class ConvergenceError(NeuroBayesError, RuntimeError):
+    """The draws should not be trusted; the message says what to change."""
+
+
 class NotFittedError(NeuroBayesError, RuntimeError):
     """A prediction or a parameter was asked for before ``fit`` or ``train``."""
 
@@ -51,6 +55,10 @@ class ConvergenceWarning(UserWarning):
 
 class CalibrationWarning(UserWarning):
     """The intervals are known to be too narrow or too wide in this setting."""
+
+
+class UnitsWarning(UserWarning):
+    """Given weights and given data do not seem to be in the same units."""
 
 
 class MemoryBudgetWarning(UserWarning):

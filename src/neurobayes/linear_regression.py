@@ -75,15 +75,15 @@ def decompose(features: np.ndarray, targets: list[np.ndarray], row_weights: np.n
     eigenvalues, vectors = np.linalg.eigh(weighted.T @ weighted if wide else weighted @ weighted.T)
     kept = eigenvalues > np.finfo(float).eps * max(n, num_features) * max(eigenvalues.max(initial=0.0), 0.0)
     eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]
-    if wide:
-        left, basis = vectors, weighted @ vectors / np.sqrt(eigenvalues)
-    else:
-        left, basis = weighted.T @ vectors / np.sqrt(eigenvalues), vectors
+    root_eigenvalues = np.sqrt(eigenvalues)
+    basis = weighted @ vectors / root_eigenvalues if wide else vectors
     spectra = []
     for target in targets:
         scaled = root * target
-        projected = left.T @ scaled
-        residual = float(np.sum((scaled - left @ projected) ** 2))
+        # The left singular directions, ``weighted.T @ basis / root_eigenvalues``, are not needed as a matrix.
+        projected = vectors.T @ scaled if wide else basis.T @ (weighted @ scaled) / root_eigenvalues
+        explained = vectors @ projected if wide else weighted.T @ (basis @ (projected / root_eigenvalues))
+        residual = float(np.sum((scaled - explained) ** 2))
         spectra.append(Spectrum(basis, eigenvalues, projected, residual, float(np.sum(row_weights))))
     return spectra
 

@@ -49,7 +49,7 @@ def short():
 @pytest.fixture(scope="module")
 def compared(mlp, regression):
     """Three candidates with the real sampler."""
-    return compare_partitions(mlp, *regression, FEW, num_warmup=100, num_samples=150, sgd_epochs=30, map_sigma=1.0)
+    return compare_partitions(mlp, *regression, FEW, num_warmup=50, num_samples=80, sgd_epochs=30, map_sigma=1.0)
 
 
 def test_every_candidate_has_a_complete_row(compared):

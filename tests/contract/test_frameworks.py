@@ -17,7 +17,10 @@ from neurobayes.log_density import build
 from neurobayes.networks import as_network
 from neurobayes.partition import Partition
 
-pytestmark = pytest.mark.filterwarnings("ignore::neurobayes.errors.ConvergenceWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::neurobayes.errors.ConvergenceWarning"),
+    pytest.mark.filterwarnings("ignore::neurobayes.errors.UnitsWarning"),  # the weights are random
+]
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(40, 3)).astype(np.float32)

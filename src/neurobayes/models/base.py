@@ -66,6 +66,13 @@ class _Opaque:
         return 0
 
 
+ROOM_FOR_MORE = 20
+"""A fit leaves room for one row in this many more, so that a second one with new rows compiles nothing."""
+
+MOST_PADDING = 1.25
+"""Largest ratio of padded to real rows at which the size of an earlier fit is kept."""
+
+
 class Prepared(NamedTuple):
     """Checked and scaled training data, padded to a bucket of rows."""
 
@@ -138,11 +145,19 @@ def _abstract_key():
 
 
 def prepare(
-    network: Network, X: Any, y: Any, *, num_classes: int | None, standardize: bool, scaling: Scaling | None = None
+    network: Network,
+    X: Any,
+    y: Any,
+    *,
+    num_classes: int | None,
+    standardize: bool,
+    scaling: Scaling | None = None,
+    capacity: int = 0,
 ) -> Prepared:
     """Check training data, scale it, and pad its rows.
 
-    ``scaling`` is that of given weights; None fits one, or the identity with ``standardize=False``.
+    ``scaling`` is that of given weights; None fits one, or the identity with ``standardize=False``. Rows are padded to
+    ``capacity``, the size an earlier fit compiled for, if they fill most of it; else there is room for 5 % more.
     """
     spec = network.input_spec
     inputs = _checks.as_inputs(X, spec)
@@ -164,7 +179,8 @@ def prepare(
             + (f"num_classes={num_classes}." if classify else f"y has {wanted} columns.")
             + f" Build the network with target_dim={wanted}."
         )
-    size = data.bucket_size(len(inputs))
+    roomy = data.bucket_size(len(inputs) + len(inputs) // ROOM_FOR_MORE)
+    size = capacity if len(inputs) <= capacity <= MOST_PADDING * len(inputs) else roomy
     rows = Rows(data.pad_rows(scaled_x, size), data.pad_rows(scaled_y, size), data.row_weights(len(inputs), size))
     return Prepared(jax.device_put(rows), scaling, inputs.shape[1:], len(inputs), wanted, targets.ndim)
 

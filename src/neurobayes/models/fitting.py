@@ -18,10 +18,10 @@ import numpy as np
 
 from .. import _checks, log_density, predictive, priors, row_blocks, selection, selectors
 from .._typing import Key, Params, State
+from ..checkpoint import Checkpoint
 from ..data import Scaling
-from ..diagnostics import Diagnostics, diagnose
-from ..errors import MemoryBudgetWarning, OptionError, unknown_choice
-from ..inference.base import Engine, RunControl
+from ..diagnostics import Diagnostics
+from ..errors import MemoryBudgetWarning, OptionError, UnitsWarning
 from ..likelihoods import Categorical, Gaussian, Likelihood
 from ..networks.base import Network
 from ..posterior import Posterior
@@ -29,47 +29,14 @@ from ..predictive import Source
 from ..pretraining import Pretrained, PretrainingOptions, pretrain
 from ..schedules import AveragingConfig, LearningRate
 from ..subspaces import RandomPart
+from . import resuming
 from .base import Prepared, TrainedParams, network_info, prepare
 from .choosing import Trained, check, choose
 from .deterministic import DeterministicNN
 from .progress import Report
-
-NUM_REFERENCE_ROWS = 64
-"""Training rows at which convergence of the predicted function is judged."""
+from .sampling import Sampling, judge, on_host, sample, stopping_rule, with_draws
 
 MIN_NOISE_START = 1e-3
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How to draw from the posterior."""
-
-    engine: Engine
-    num_warmup: int
-    num_samples: int
-    num_chains: int
-
-    @classmethod
-    def from_user(
-        cls, engine: Any, chain_method: str, num_warmup: int, num_samples: int, num_chains: int
-    ) -> "Sampling":
-        """Checked options; without an engine, exact draws where they are possible, else NUTS."""
-        for name, count in (("num_warmup", num_warmup), ("num_samples", num_samples), ("num_chains", num_chains)):
-            _checks.check_positive_int(name, count)
-        from ..inference import ENGINES
-
-        engine = "auto" if engine is None else engine
-        if isinstance(engine, str):
-            if engine not in ENGINES:
-                raise unknown_choice("engine", engine, ENGINES)
-            config: Any = ENGINES[engine]
-            has_method = "chain_method" in (field.name for field in dataclasses.fields(config))
-            engine = config(chain_method=chain_method) if has_method else config()
-        elif not isinstance(engine, Engine):
-            raise OptionError(
-                f"engine must be one of {', '.join(ENGINES)}, or a config such as nb.inference.NUTS(); got {engine!r}."
-            )
-        return cls(engine, num_warmup, num_samples, num_chains)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +51,7 @@ class Fitted:
     pretrained: Pretrained | None
     diagnostics: Diagnostics
     seconds: dict[str, float]
+    capacity: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +69,8 @@ class Plan:
     noise_prior: Any
     prior_mean: str
     priors_sigma: float | Mapping[str, float]
+    template: Params
+    warm: Fitted | None = None
 
 
 def pretraining_options(
@@ -133,13 +103,26 @@ def make_plan(
     noise_prior: Any,
     prior_mean: str,
     priors_sigma: Any,
+    previous: Fitted | None = None,
+    warm: bool = False,
 ) -> Plan:
-    """Check data, weights and choices against the network; raises before any training starts."""
+    """Check data, weights and choices against the network; raises before any training starts.
+
+    ``previous`` is an earlier fit, whose padding is kept where a few rows were
+    added; with ``warm`` its weights, units and sampler are what the fit starts from.
+    """
     if isinstance(given, DeterministicNN):
         given = given.get_params()
     elif given is None:
         given = network.pretrained
-    prepared = _prepare(network, X, y, num_classes, standardize, given)
+    capacity = 0 if previous is None else previous.capacity
+    if warm and previous is not None:
+        prepared = prepare(
+            network, X, y, num_classes=num_classes, standardize=True, scaling=previous.scaling, capacity=capacity
+        )
+        given = previous.source.params
+    else:
+        prepared = _prepare(network, X, y, num_classes, standardize, given, capacity)
     example = jax.ShapeDtypeStruct((1, *prepared.rows.x.shape[1:]), prepared.rows.x.dtype)
     info = network_info(network, example)
     template, _ = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), example)
@@ -159,7 +142,7 @@ def make_plan(
         )
     return Plan(
         network, prepared, Gaussian() if num_classes is None else Categorical(), choice, config, weights, statistics,
-        bool(asked), noise_prior, prior_mean, priors_sigma,
+        bool(asked), noise_prior, prior_mean, priors_sigma, template, previous if warm else None,
     )  # fmt: skip
 
 
@@ -167,29 +150,44 @@ def run(plan: Plan, key: Key, options: PretrainingOptions, sampling: Sampling, r
     """Train, choose, sample and judge."""
     started = time.perf_counter()
     key_train, key_sample, seed = _stage_keys(key)
-    params, state, pretrained = _trained(plan, key_train, int(seed), options, report)
+    checkpoint = None
+    if sampling.checkpoint_dir is not None:
+        checkpoint = Checkpoint(sampling.checkpoint_dir, resuming.run_identity(plan, key, options, sampling))
+    params, state, pretrained = _trained(plan, key_train, int(seed), options, report, checkpoint)
     trained = time.perf_counter()
-    partition = _choose(plan, jax.random.fold_in(key_train, 1), params, state, pretrained)
+    if plan.warm is None:
+        partition = _choose(plan, jax.random.fold_in(key_train, 1), params, state, pretrained)
+    else:
+        partition = plan.warm.source.partition
     density, start = _density(plan, partition, params, state, pretrained)
-    posterior = _sample(sampling, key_sample, density, start, report)
-    noise_std = _noise(density, posterior)
-    params, state = jax.tree.map(np.asarray, (params, state))
-    source = Source(plan.network, partition, params, state, posterior.flat_draws[:, : partition.size], noise_std)
-    diagnostics = _judge(plan.prepared, source, posterior)
+    source = Source(plan.network, partition, params, state, np.zeros((0, partition.size)), np.zeros((0, 0)))
+    posterior = sample(
+        sampling, key_sample, density, start, checkpoint=checkpoint, report=report,
+        is_enough=stopping_rule(sampling, plan.prepared, source, density),
+        warm_start=None if plan.warm is None else plan.warm.posterior.adaptation,
+    )  # fmt: skip
+    source = on_host(with_draws(source, density, posterior.flat_draws))
+    diagnostics = judge(plan.prepared, source, posterior)
     seconds = {"training": trained - started, "sampling": time.perf_counter() - trained}
     prepared = plan.prepared
     return Fitted(
         source, posterior, prepared.scaling, prepared.row_shape, prepared.target_ndim, _as_numpy(pretrained),
-        diagnostics, seconds,
+        diagnostics, seconds, len(prepared.rows.real),
     )  # fmt: skip
 
 
-def _prepare(network: Network, X: Any, y: Any, num_classes: int | None, standardize: Any, given: Any) -> Prepared:
+def _prepare(
+    network: Network, X: Any, y: Any, num_classes: int | None, standardize: Any, given: Any, capacity: int
+) -> Prepared:
     """Scaled data: in the units of given weights where these are known, and in the user's where they are not."""
     known = given.scaling if isinstance(given, TrainedParams) else None
     if standardize == "auto":
-        return prepare(network, X, y, num_classes=num_classes, standardize=given is None, scaling=known)
-    return prepare(network, X, y, num_classes=num_classes, standardize=bool(standardize))
+        standardize = given is None
+    else:
+        known = None
+    return prepare(
+        network, X, y, num_classes=num_classes, standardize=bool(standardize), scaling=known, capacity=capacity
+    )
 
 
 @jax.jit
@@ -198,11 +196,21 @@ def _stage_keys(key: Key):
     return key_train, key_sample, jax.random.bits(key_folds)
 
 
-def _trained(plan: Plan, key: Key, seed: int, options: PretrainingOptions, report: Report):
-    """Weights and frozen state: those given, or those of the deterministic stage."""
+def _trained(
+    plan: Plan, key: Key, seed: int, options: PretrainingOptions, report: Report, checkpoint: Checkpoint | None
+):
+    """Weights and frozen state: those given, those a checkpoint holds, or those of the deterministic stage."""
     rows = plan.prepared.rows
+    if plan.warm is not None:
+        return plan.weights, plan.warm.source.state, None
     if plan.weights is not None:
-        return plan.weights, _initial_state(plan.network, key, rows.x), None
+        state = _initial_state(plan.network, key, rows.x)
+        _warn_of_units(plan, state)
+        return plan.weights, state, None
+    if checkpoint is not None:
+        kept = resuming.load_trained(checkpoint, plan.template, jax.eval_shape(plan.network.init, key, rows.x[:1])[1])
+        if kept is not None:
+            return kept.params, kept.state, kept
     options = dataclasses.replace(options, track_statistics=plan.needs_statistics)
     # The search compares losses at noise of one target's spread; classes have no noise.
     noise_std = _target_scale(rows) if plan.likelihood.is_regression else np.ones(1, np.float32)
@@ -210,7 +218,28 @@ def _trained(plan: Plan, key: Key, seed: int, options: PretrainingOptions, repor
         plan.network, plan.likelihood, key, rows, noise_std,
         options, seed=seed, on_progress=lambda done, total, loss: report("training", done, total, f"loss {loss:.4g}"),
     )  # fmt: skip
+    if checkpoint is not None:
+        resuming.save_trained(checkpoint, pretrained)
     return pretrained.params, pretrained.state, pretrained
+
+
+def _warn_of_units(plan: Plan, state: State) -> None:
+    """Given weights that predict worse than the mean were probably trained in other units."""
+    rows = plan.prepared.rows
+    if not plan.likelihood.is_regression:
+        return
+    outputs = predictive.deterministic_outputs(plan.network, plan.weights, state, np.asarray(rows.x))
+    real = np.asarray(rows.real) > 0
+    error = np.sqrt(np.mean((outputs - np.asarray(rows.y))[real] ** 2))
+    spread = np.sqrt(np.mean(_target_scale(rows) ** 2))
+    if error > 2.0 * spread:
+        warnings.warn(
+            f"the given weights predict y with an error of {error:.3g}, more than twice its spread of {spread:.3g}. If "
+            "they were trained on standardised data, pass standardize=True, or DeterministicNN.get_params(), which "
+            "remembers its units.",
+            UnitsWarning,
+            stacklevel=5,
+        )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -269,37 +298,6 @@ def _starting_noise(plan: Plan, params: Params, state: State, pretrained: Pretra
     real = np.asarray(rows.real) > 0
     residual = (outputs - np.asarray(rows.y))[real]
     return np.clip(np.sqrt(np.mean(residual**2, axis=0)), MIN_NOISE_START * scale, None)
-
-
-def _sample(sampling: Sampling, key: Key, density: log_density.LogDensity, start: np.ndarray, report: Report):
-    """Draws from the engine; a density without any random scalar needs none."""
-    if density.size == 0:
-        shape = (sampling.num_chains, sampling.num_samples)
-        return Posterior(np.zeros((*shape, 0), np.float32), {"diverging": np.zeros(shape, bool)}, {"engine": "none"})
-    return sampling.engine.run(
-        key, density, start, num_warmup=sampling.num_warmup, num_samples=sampling.num_samples,
-        num_chains=sampling.num_chains, control=RunControl(on_progress=report),
-    )  # fmt: skip
-
-
-def _noise(density: log_density.LogDensity, posterior: Posterior) -> np.ndarray:
-    """Noise standard deviation of each draw, (draws, outputs), in working units; empty for classes."""
-    if not density.form.num_noise:
-        return np.zeros((len(posterior.flat_draws), 0), np.float32)
-    return np.asarray(log_density.constrain_noise(posterior.flat_draws[:, density.form.num_theta :],
-                                                  density.terms.noise_prior))  # fmt: skip
-
-
-def _judge(prepared: Prepared, source: Source, posterior: Posterior) -> Diagnostics:
-    """Convergence of predicted values at reference rows, and of the noise."""
-    chosen = np.unique(np.linspace(0, prepared.num_rows - 1, NUM_REFERENCE_ROWS).astype(int))
-    values = predictive.function_draws(source, np.asarray(prepared.rows.x)[chosen], source.theta)
-    values = values.reshape(posterior.num_chains, posterior.num_draws, -1)
-    noise = source.noise_std.reshape(posterior.num_chains, posterior.num_draws, -1)
-    quantities, info = np.concatenate([values, noise], axis=-1), posterior.info
-    return diagnose(
-        quantities, posterior.stats, info.get("max_tree_depth", 10), independent=info.get("independent", False)
-    )
 
 
 def _as_numpy(pretrained: Pretrained | None) -> Pretrained | None:

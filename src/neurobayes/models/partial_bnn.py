@@ -1,5 +1,6 @@
 """The partially Bayesian network: any network, any part of it random."""
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -9,7 +10,7 @@ import numpy as np
 
 from .. import _checks, predictive, selectors
 from ..diagnostics import Diagnostics
-from ..errors import ConvergenceWarning, NotFittedError, OptionError
+from ..errors import ConvergenceError, ConvergenceWarning, NotFittedError, OptionError
 from ..inference.base import Engine
 from ..posterior import Posterior
 from ..predictive import ClassPrediction, RegressionPrediction
@@ -20,6 +21,7 @@ from . import fitting
 from .base import as_user_network, softmax, to_target_shape
 from .fitting import Fitted
 from .progress import progress
+from .sampling import Sampling
 
 
 class PartialBNN:
@@ -121,7 +123,7 @@ class PartialBNN:
         X: Any,
         y: Any,
         num_warmup: int = 500,
-        num_samples: int = 1000,
+        num_samples: int | None = None,
         num_chains: int = 1,
         chain_method: str = "vectorized",
         *,
@@ -132,7 +134,12 @@ class PartialBNN:
         map_sigma: float | str | None = "auto",
         priors_sigma: float | Mapping[str, float] = 1.0,
         select_neurons_config: Mapping[str, Any] | None = None,
-        engine: Engine | None = None,
+        engine: str | Engine | None = None,
+        until: str | None = None,
+        seconds: float | None = None,
+        warm_start: "bool | PartialBNN" = False,
+        checkpoint_dir: str | os.PathLike | None = None,
+        raise_on_failure: bool = False,
         progress_bar: bool = True,
         seed: int | None = None,
         rng_key: Any = None,
@@ -143,7 +150,8 @@ class PartialBNN:
         ----------
         X : (n, …) inputs in the user's units, or integer tokens ``(n, length)``.
         y : (n,) or (n, d) targets in the user's units, or (n,) class labels ``0 … num_classes - 1``.
-        num_warmup, num_samples : iterations of each chain before and after adaptation.
+        num_warmup, num_samples : iterations of each chain before and after adaptation; 1,000 draws by default, or
+            at most 50,000 with ``until`` or ``seconds``. Exact draws need no warm-up.
         num_chains : independent chains.
         chain_method : ``"vectorized"``, ``"parallel"`` (one chain per device) or ``"sequential"``.
         sgd_epochs : epochs of the deterministic stage, or the most to consider where ``map_sigma="auto"``
@@ -157,7 +165,17 @@ class PartialBNN:
         select_neurons_config : choose single weights after training: ``method`` (``"variance"``, ``"gradient"``,
             ``"magnitude"``, ``"clustering"``), ``layer_names``, ``num_pairs_per_layer``, optionally ``seed``;
             united with the choices made at construction.
-        engine : an inference engine's config; NUTS by default.
+        engine : ``"auto"`` (the default: exact draws where the Bayesian weights enter the output linearly, else
+            NUTS), the name of an engine, or its config (``nb.inference.NUTS(target_accept=0.9)``).
+        until : end sampling at a quality of the predictions: ``"ess>400"``, ``"r_hat<1.01"``, or both with
+            ``" and "``.
+        seconds : end sampling after this much wall-clock time. Ctrl-C also ends it and keeps the draws made.
+        warm_start : True, or another fitted model of the same network: keep its deterministic weights, units and
+            choice of Bayesian weights, and go on from its sampler's last state and adaptation, with new rows for
+            instance. A short ``num_warmup`` is then enough.
+        checkpoint_dir : folder in which the run is saved as it goes. The same call after a crash continues it, and
+            ends with the draws of an uninterrupted run.
+        raise_on_failure : raise instead of warning when the draws should not be trusted.
         progress_bar : show progress on a terminal.
         seed, rng_key : source of all randomness; give one. The same seed gives the same draws.
 
@@ -171,20 +189,29 @@ class PartialBNN:
             Before any training starts.
         TrainingError
             Training or sampling became non-finite. The model is left as it was.
+        CheckpointError
+            ``checkpoint_dir`` holds another run.
+        ConvergenceError
+            With ``raise_on_failure``, when the draws should not be trusted. The model is left as it was.
         """
-        sampling = fitting.Sampling.from_user(engine, chain_method, num_warmup, num_samples, num_chains)
+        sampling = Sampling.from_user(
+            engine, chain_method, num_warmup, num_samples, num_chains, until, seconds, checkpoint_dir
+        )
         training = fitting.pretraining_options(sgd_epochs, sgd_lr, sgd_batch_size, swa_config, map_sigma)
         key = _checks.as_key(rng_key, seed)
         plan = fitting.make_plan(
             self._network, X, y, choice=self._choice if self._chosen or select_neurons_config is None else None,
             select_config=select_neurons_config, given=self.deterministic_weights, num_classes=self.num_classes,
             standardize=self.standardize, noise_prior=self.noise_prior, prior_mean=self.prior_mean,
-            priors_sigma=priors_sigma,
+            priors_sigma=priors_sigma, previous=self._previous(warm_start), warm=bool(warm_start),
         )  # fmt: skip
         with progress(progress_bar) as report:
-            self._fitted = fitting.run(plan, key, training, sampling, report)
-        if not self._fitted.diagnostics.ok:
-            warnings.warn(self._fitted.diagnostics.verdict, ConvergenceWarning, stacklevel=2)
+            fitted = fitting.run(plan, key, training, sampling, report)
+        if not fitted.diagnostics.ok:
+            if raise_on_failure:
+                raise ConvergenceError(fitted.diagnostics.verdict)
+            warnings.warn(fitted.diagnostics.verdict, ConvergenceWarning, stacklevel=2)
+        self._fitted = fitted
         return self
 
     def predict(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -323,6 +350,18 @@ class PartialBNN:
         if self._fitted is None:
             return self.network, None, None
         return self.network, self._fitted.row_shape, self._fitted.source.partition
+
+    def _previous(self, warm_start: Any) -> Fitted | None:
+        """The fit whose compiled size, and with ``warm_start`` whose state, the next one starts from."""
+        if warm_start is True:
+            return self._require_fitted()
+        if isinstance(warm_start, PartialBNN):
+            if warm_start._network != self._network:
+                raise OptionError("warm_start is a model of another network. Give a fit of the same network.")
+            return warm_start._require_fitted()
+        if warm_start not in (False, None):
+            raise OptionError(f"warm_start must be True, False or a fitted PartialBNN, got {warm_start!r}.")
+        return self._fitted
 
     def _require_fitted(self) -> Fitted:
         if self._fitted is None:

@@ -1,0 +1,187 @@
+"""The sampling stage of a fit: options, stopping rules, checkpoints, and the verdict on the draws."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from .. import _checks, log_density, predictive
+from .._typing import Key
+from ..checkpoint import Checkpoint
+from ..diagnostics import Diagnostics, diagnose, effective_sample_size, split_r_hat
+from ..errors import OptionError, unknown_choice
+from ..inference.base import Engine, RunControl
+from ..posterior import Posterior
+from ..predictive import Source
+from .base import Prepared
+from .progress import Report
+
+NUM_REFERENCE_ROWS = 64
+"""Training rows at which convergence of the predicted function is judged."""
+
+DEFAULT_SAMPLES = 1000
+MOST_SAMPLES = 50_000
+"""Draws per chain at which a run with a stopping rule ends in any case."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Until:
+    """A quality at which sampling may end, read from text such as ``"ess>400"`` or ``"ess>400 and r_hat<1.01"``."""
+
+    ess: float = 0.0
+    r_hat: float = np.inf
+
+    @classmethod
+    def parse(cls, text: Any) -> "Until | None":
+        """The rule a user wrote; None for none."""
+        if text is None:
+            return None
+        found: dict[str, float] = {}
+        parts = str(text).split(" and ") if isinstance(text, str) else []
+        for part in parts:
+            match = re.fullmatch(r"\s*(?:(ess)\s*>=?|(r_hat)\s*<=?)\s*([0-9.]+)\s*", part)
+            if match is None:
+                parts = []
+                break
+            found[match[1] or match[2]] = float(match[3])
+        if not parts:
+            raise OptionError(f"until={text!r} is not understood. Write 'ess>400', 'r_hat<1.01', or both with ' and '.")
+        return cls(**found)
+
+    def holds(self, quantities: np.ndarray) -> bool:
+        """Whether draws ``(chain, draw, quantity)`` are good enough in every quantity that varies."""
+        varying = quantities[..., np.ptp(quantities, axis=(0, 1)) > 0]
+        if varying.shape[-1] == 0 or varying.shape[1] < 4:
+            return False
+        if effective_sample_size(varying).min() <= self.ess:
+            return False
+        return bool(np.isinf(self.r_hat) or split_r_hat(varying).max() < self.r_hat)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How to draw from the posterior, and when to stop."""
+
+    engine: Engine
+    num_warmup: int
+    num_samples: int
+    num_chains: int
+    until: Until | None = None
+    seconds: float | None = None
+    checkpoint_dir: str | os.PathLike | None = None
+
+    @classmethod
+    def from_user(
+        cls,
+        engine: Any,
+        chain_method: str,
+        num_warmup: int,
+        num_samples: int | None,
+        num_chains: int,
+        until: str | None,
+        seconds: float | None,
+        checkpoint_dir: str | os.PathLike | None,
+    ) -> "Sampling":
+        """Checked options; without an engine, exact draws where they are possible, else NUTS."""
+        rule = Until.parse(until)
+        if seconds is not None:
+            seconds = _checks.check_positive("seconds", seconds)
+        if num_samples is None:
+            num_samples = DEFAULT_SAMPLES if rule is None and seconds is None else MOST_SAMPLES
+        for name, count in (("num_warmup", num_warmup), ("num_samples", num_samples), ("num_chains", num_chains)):
+            _checks.check_positive_int(name, count)
+        config = engine_config(engine, chain_method)
+        return cls(config, num_warmup, num_samples, num_chains, rule, seconds, checkpoint_dir)
+
+
+def engine_config(engine: Any, chain_method: str) -> Engine:
+    """The engine behind a name or a config; ``"auto"`` where none is given."""
+    from ..inference import ENGINES
+
+    engine = "auto" if engine is None else engine
+    if isinstance(engine, str):
+        if engine not in ENGINES:
+            raise unknown_choice("engine", engine, ENGINES)
+        config: Any = ENGINES[engine]
+        has_method = "chain_method" in (field.name for field in dataclasses.fields(config))
+        return config(chain_method=chain_method) if has_method else config()
+    if not isinstance(engine, Engine):
+        raise OptionError(
+            f"engine must be one of {', '.join(ENGINES)}, or a config such as nb.inference.NUTS(); got {engine!r}."
+        )
+    return engine
+
+
+def sample(
+    sampling: Sampling,
+    key: Key,
+    density: log_density.LogDensity,
+    start: np.ndarray,
+    *,
+    is_enough: Callable[[np.ndarray], bool] | None,
+    checkpoint: Checkpoint | None,
+    warm_start: dict[str, Any] | None,
+    report: Report,
+) -> Posterior:
+    """Draws from the engine; a density without any random scalar needs none."""
+    if density.size == 0:
+        shape = (sampling.num_chains, min(sampling.num_samples, DEFAULT_SAMPLES))
+        return Posterior(np.zeros((*shape, 0), np.float32), {"diverging": np.zeros(shape, bool)}, {"engine": "none"})
+    control = RunControl(
+        on_progress=report, checkpoint=checkpoint, seconds=sampling.seconds, is_enough=is_enough,
+        warm_start=warm_start or None,
+    )  # fmt: skip
+    return sampling.engine.run(
+        key, density, start, num_warmup=sampling.num_warmup, num_samples=sampling.num_samples,
+        num_chains=sampling.num_chains, control=control,
+    )  # fmt: skip
+
+
+def with_draws(source: Source, density: log_density.LogDensity, draws: np.ndarray) -> Source:
+    """``source`` with positions ``(draws, size)`` as its random weights and noise (in working units)."""
+    theta, unconstrained = draws[:, : density.form.num_theta], draws[:, density.form.num_theta :]
+    if not density.form.num_noise:
+        return source._replace(theta=theta, noise_std=np.zeros((len(draws), 0), np.float32))
+    noise_std = np.asarray(log_density.constrain_noise(unconstrained, density.terms.noise_prior))
+    return source._replace(theta=theta, noise_std=noise_std)
+
+
+def reference_quantities(prepared: Prepared, source: Source, num_chains: int) -> np.ndarray:
+    """Predicted values at reference rows and noise of each draw, ``(chain, draw, quantity)``."""
+    chosen = np.unique(np.linspace(0, prepared.num_rows - 1, NUM_REFERENCE_ROWS).astype(int))
+    values = predictive.function_draws(source, np.asarray(prepared.rows.x)[chosen], source.theta)
+    flat = np.concatenate([values.reshape(len(values), -1), source.noise_std], axis=-1)
+    return flat.reshape(num_chains, -1, flat.shape[-1])
+
+
+def stopping_rule(
+    sampling: Sampling, prepared: Prepared, source: Source, density: log_density.LogDensity
+) -> Callable[[np.ndarray], bool] | None:
+    """The quality rule as a function of the positions drawn so far, ``(chain, draw, size)``."""
+    rule = sampling.until
+    if rule is None:
+        return None
+
+    def is_enough(positions: np.ndarray) -> bool:
+        drawn = with_draws(source, density, positions.reshape(-1, positions.shape[-1]))
+        return rule.holds(reference_quantities(prepared, drawn, len(positions)))
+
+    return is_enough
+
+
+def judge(prepared: Prepared, source: Source, posterior: Posterior) -> Diagnostics:
+    """Convergence of predicted values at reference rows, and of the noise."""
+    quantities, info = reference_quantities(prepared, source, posterior.num_chains), posterior.info
+    return diagnose(
+        quantities, posterior.stats, info.get("max_tree_depth", 10), independent=info.get("independent", False)
+    )
+
+
+def on_host(source: Source) -> Source:
+    """``source`` with its arrays on the host, so that a fitted model can be pickled."""
+    params, state = jax.tree.map(np.asarray, (source.params, source.state))
+    return source._replace(params=params, state=state)
