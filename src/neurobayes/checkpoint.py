@@ -124,9 +124,9 @@ def fingerprint(*parts: Any) -> str:
     """A digest of arrays, pytrees and the text of anything else."""
     digest = hashlib.sha256()
     for part in parts:
-        leaves, tree = jax.tree.flatten(part)
-        digest.update(str(tree).encode())
-        for leaf in leaves:
+        # Paths and not the tree's own text, which holds memory addresses for some node types.
+        for path, leaf in jax.tree_util.tree_flatten_with_path(part)[0]:
+            digest.update(jax.tree_util.keystr(path).encode())
             if isinstance(leaf, np.ndarray | jax.Array | np.generic):
                 array = np.ascontiguousarray(as_host_leaves(leaf)[0])
                 digest.update(f"{array.dtype}{array.shape}".encode())

@@ -25,11 +25,17 @@ def run_identity(plan: Any, key: Key, options: PretrainingOptions, sampling: Any
     rate = options.learning_rate
     plain = dataclasses.replace(options, learning_rate=None)
     return fingerprint(
-        prepared.rows, plan.weights, plan.noise_prior, type(plan.noise_prior).__name__,
+        prepared.rows, plan.weights, _parameters(plan.noise_prior), type(plan.noise_prior).__name__,
         sorted(trees.shapes(plan.template).items()), type(plan.network).__name__, repr(plan.choice),
         repr(plan.select_config), plan.prior_mean, repr(plan.priors_sigma), repr(plain),
         getattr(rate, "__qualname__", repr(rate)), repr(sampling.engine), sampling.num_warmup, sampling.num_chains, key,
     )  # fmt: skip
+
+
+def _parameters(distribution: Any) -> list[np.ndarray]:
+    """The numbers of a distribution; its tree also holds objects that print their memory address."""
+    leaves = jax.tree.leaves(distribution)
+    return [np.asarray(leaf) for leaf in leaves if isinstance(leaf, float | int | np.ndarray | np.generic | jax.Array)]
 
 
 def save_trained(checkpoint: Checkpoint, pretrained: Pretrained) -> None:
