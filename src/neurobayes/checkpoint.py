@@ -75,8 +75,7 @@ class Checkpoint:
         state_name = f"state-{number:06d}.safetensors"
         _write(self.folder / state_name, {f"leaf{i:04d}": leaf for i, leaf in enumerate(as_host_leaves(state))})
         stale = self._manifest["state"]
-        self._manifest |= {"number": number, "state": state_name, "draws": draws, "counters": dict(counters)}
-        self._write_manifest()
+        self._write_manifest(number=number, state=state_name, draws=draws, counters=dict(counters))
         if stale:
             (self.folder / stale).unlink(missing_ok=True)
 
@@ -89,9 +88,9 @@ class Checkpoint:
         """Keep arrays, and plain facts that go with them, under a name."""
         file = f"{name}.safetensors"
         _write(self.folder / file, dict(arrays))
-        self._manifest["extra"] = {**self._manifest["extra"], name: file}
-        self._manifest["facts"] = {**self._manifest["facts"], name: facts}
-        self._write_manifest()
+        self._write_manifest(
+            extra={**self._manifest["extra"], name: file}, facts={**self._manifest["facts"], name: facts}
+        )
 
     def facts(self, name: str) -> dict[str, Any]:
         """The plain facts kept under a name."""
@@ -111,13 +110,16 @@ class Checkpoint:
             raise CheckpointError(f"{path} cannot be read as a checkpoint ({error}). Give an empty folder.") from error
         if fingerprint != self.fingerprint or version != _FORMAT:
             raise CheckpointError(
-                f"checkpoint_dir={str(self.folder)!r} belongs to another run: data, network, options or seed differ. "
+                f"checkpoint_dir={str(self.folder)!r} belongs to another run: data, network, options, seed or "
+                "version differ. "
                 "Give each run a folder of its own, or delete this one."
             )
         return manifest
 
-    def _write_manifest(self) -> None:
-        _atomically(self.folder / _MANIFEST, json.dumps(self._manifest, indent=1).encode())
+    def _write_manifest(self, **changes: Any) -> None:
+        manifest = {**self._manifest, **changes}
+        _atomically(self.folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
+        self._manifest = manifest
 
 
 def fingerprint(*parts: Any) -> str:
@@ -170,8 +172,8 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     from safetensors.numpy import save
 
-    # safetensors silently mixes up arrays that are not contiguous.
-    _atomically(path, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
+    # safetensors silently mixes up arrays that are not contiguous; ascontiguousarray would add an axis to scalars.
+    _atomically(path, save({name: np.asarray(array, order="C") for name, array in arrays.items()}))
 
 
 def _atomically(path: Path, content: bytes) -> None:

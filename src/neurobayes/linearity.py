@@ -120,54 +120,71 @@ def _late_is_affine(hoisted: Hoisted | Recomputed, size: int, carry_shapes: tupl
     return is_affine(jaxpr, [True] + [False] * len(carry))
 
 
-def affine_blocks(hoisted: Hoisted | Recomputed, blocks: tuple[int, ...], carry: Any) -> tuple[int, ...]:
-    """Positions of pieces of ``theta`` (of the given lengths) in which the output is jointly affine, others fixed.
+class Pieces:
+    """A late function of ``theta`` with the slices it takes of ``theta`` as arguments of their own.
 
-    Pieces are taken from the last to the first for as long as the whole stays affine.
+    Differentiating in some slices then costs nothing for the others: a zero
+    tangent of a whole vector would be pushed through every layer.
+
+    Attributes
+    ----------
+    bounds : (start, stop) in ``theta`` of each slice.
+    owners : the block of ``theta`` each slice lies in.
     """
-    return _affine_blocks(hoisted, blocks, tuple((tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in carry))
+
+    def __init__(self, closed: jex.ClosedJaxpr, bounds: list[tuple[int, int]], owners: list[int]):
+        self.closed, self.bounds, self.owners = closed, tuple(bounds), tuple(owners)
+        self._function = jex.jaxpr_as_fun(closed)
+
+    def __call__(self, slices: Sequence[Array], carry: Any) -> Array:
+        """The outputs for the slices' values."""
+        return self._function(*slices, *jax.tree.leaves(carry))[0]
+
+    def affine_blocks(self, num_blocks: int) -> tuple[int, ...]:
+        """Blocks in which the output is jointly affine, the others fixed; taken from the last to the first."""
+        chosen: list[int] = []
+        others = [False] * (len(self.closed.jaxpr.invars) - len(self.owners))
+        for block in reversed(range(num_blocks)):
+            trial = [*chosen, block]
+            if is_affine(self.closed.jaxpr, [owner in trial for owner in self.owners] + others):
+                chosen = trial
+        return tuple(sorted(chosen))
+
+
+def cut(hoisted: Hoisted | Recomputed, blocks: tuple[int, ...], carry: Any) -> Pieces | None:
+    """``hoisted.late`` as a function of its slices of ``theta``; the same object for equal arguments.
+
+    None if ``theta``, made of ``blocks``, is used otherwise than by slices that lie within one block each.
+    """
+    return _cut(hoisted, blocks, tuple((tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in carry))
 
 
 @functools.lru_cache(maxsize=64)
-def _affine_blocks(hoisted: Hoisted | Recomputed, blocks: tuple[int, ...], carry_shapes: tuple) -> tuple[int, ...]:
-    theta = jax.ShapeDtypeStruct((sum(blocks),), np.float32)
+def _cut(hoisted: Hoisted | Recomputed, blocks: tuple[int, ...], carry_shapes: tuple) -> Pieces | None:
+    size = jax.ShapeDtypeStruct((sum(blocks),), np.float32)
     carry = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in carry_shapes]
-    pieces = _cut_into_pieces(jax.make_jaxpr(hoisted.late)(theta, carry).jaxpr, blocks)
-    if pieces is None:
-        return ()
-    jaxpr, owners = pieces
-    chosen: list[int] = []
-    for block in reversed(range(len(blocks))):
-        trial = [*chosen, block]
-        if is_affine(jaxpr, [owner in trial for owner in owners] + [False] * (len(jaxpr.invars) - len(owners))):
-            chosen = trial
-    return tuple(sorted(chosen))
-
-
-def _cut_into_pieces(jaxpr: jex.Jaxpr, blocks: tuple[int, ...]) -> tuple[jex.Jaxpr, list[int]] | None:
-    """The jaxpr with the slices of its first input as inputs of their own, and the block each lies in.
-
-    None if the first input is used otherwise than by slices that lie within one block each.
-    """
-    theta, ends = jaxpr.invars[0], np.cumsum(blocks)
-    inputs, owners, rest = [], [], []
+    closed = jax.make_jaxpr(hoisted.late)(size, carry)
+    jaxpr, ends = closed.jaxpr, np.cumsum(blocks)
+    theta = jaxpr.invars[0]
+    inputs, bounds, owners, rest = [], [], [], []
     for eqn in jaxpr.eqns:
         if not any(v is theta for v in eqn.invars):
             rest.append(eqn)
             continue
         if eqn.primitive.name != "slice":
             return None
-        first, last = eqn.params["start_indices"][0], eqn.params["limit_indices"][0] - 1
+        first, stop = eqn.params["start_indices"][0], eqn.params["limit_indices"][0]
         block = int(np.searchsorted(ends, first, side="right"))
-        if last >= ends[block]:
+        if stop > ends[block]:
             return None
         inputs.append(eqn.outvars[0])
+        bounds.append((int(first), int(stop)))
         owners.append(block)
     if any(v is theta for v in jaxpr.outvars):
         return None
     names = jex.DebugInfo("linearity", "neurobayes.linearity", None, None)
-    cut = jex.Jaxpr(jaxpr.constvars, [*inputs, *jaxpr.invars[1:]], jaxpr.outvars, rest, debug_info=names)
-    return cut, owners
+    sliced = jex.Jaxpr(jaxpr.constvars, [*inputs, *jaxpr.invars[1:]], jaxpr.outvars, rest, debug_info=names)
+    return Pieces(jex.ClosedJaxpr(sliced, closed.consts), bounds, owners)
 
 
 def entering_scalars(hoisted: Hoisted | Recomputed, centre: np.ndarray, carry: Any, row_weights: Any) -> np.ndarray:

@@ -8,7 +8,11 @@ number of rows times the number of draws.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -24,6 +28,7 @@ from .row_blocks import rows_per_block
 from .subspaces import RandomPart
 
 MAX_DRAWS_PER_BLOCK = 256
+MAX_THREADS = 8
 """Draws in one compiled call at most."""
 
 VALUES_PER_BLOCK = 2**22
@@ -178,15 +183,32 @@ def _probabilities_and_entropy(outputs: Array) -> Array:
 
 def _reduce(source: Source, x: np.ndarray, quantity) -> tuple[np.ndarray, np.ndarray]:
     """Mean and sum of squared deviations over draws of ``quantity(outputs)``, each ``(n, quantities)``."""
-    means, squares = [], []
-    for block, size in _row_blocks(x, _rows(source, x)):
+
+    def moments_of(block: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
         hoisted, carry = _hoist(source, block)
         moments = _no_moments(hoisted, quantity, source.theta, carry)
         for chunk, count in _draw_blocks(source.theta, MAX_DRAWS_PER_BLOCK):
             moments = _accumulate(hoisted, quantity, chunk, carry, np.int32(count), moments)
-        means.append(np.asarray(moments[1])[:size])
-        squares.append(np.asarray(moments[2])[:size])
-    return np.concatenate(means), np.concatenate(squares)
+        return np.asarray(moments[1])[:size], np.asarray(moments[2])[:size]
+
+    parts = _side_by_side(moments_of, _row_blocks(x, _rows(source, x)))
+    return np.concatenate([mean for mean, _ in parts]), np.concatenate([squares for _, squares in parts])
+
+
+def _side_by_side(function: Callable[..., Any], blocks: Iterable[tuple[np.ndarray, int]]) -> list[Any]:
+    """``function`` of each block, on a CPU with one thread for each core: a loop over draws keeps only one busy."""
+    blocks = iter(blocks)
+    first = [function(*block) for block in itertools.islice(blocks, 1)]  # compiles, once
+    workers = min(MAX_THREADS, os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
+    if workers == 1:
+        return first + [function(*block) for block in blocks]
+    with ThreadPoolExecutor(workers) as pool:
+        pending: deque[Future] = deque()
+        for block in blocks:
+            if len(pending) > workers:  # what waits is in memory
+                first.append(pending.popleft().result())
+            pending.append(pool.submit(function, *block))
+        return first + [future.result() for future in pending]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -25,7 +25,9 @@ CARRY_BUDGET_BYTES = 2**31
 BLOCK_BYTES = 2**26
 """Size aimed at for the largest single activation of a block of rows."""
 
-MAX_BLOCK_ROWS = 4096
+MAX_BLOCK_ROWS = 1024
+"""Rows of a block at most: a layer's activations for more would leave the processor's cache."""
+
 _PROBE_ROWS = 8
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import neurobayes as nb
-from neurobayes.advisor import compare_partitions, default_candidates
+from neurobayes.advisor import _OutOfTime, _WithinSeconds, compare_partitions, default_candidates
 from neurobayes.errors import DataError, OptionError
 from neurobayes.inference.base import Engine, RunControl
 from neurobayes.posterior import Posterior
@@ -18,20 +18,19 @@ FEW = {"last": nb.last(1), "biases": nb.biases(), "three": nb.top(3, by="fisher"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scattered(Engine):
-    """Draws around the start, without a look at the density; notes which rows were fitted and takes its time."""
+    """Draws around the start, without a look at the density; notes what was fitted and the time it was given."""
 
     fits: list
-    seconds_per_chunk: float = 0.0
+    limits: list = dataclasses.field(default_factory=list)
+    num_kept: int | None = None
 
     def run(self, key, log_density, start, *, num_warmup, num_samples, num_chains=1, control=RunControl()):  # noqa: B008
-        import time
-
         self.fits.append((log_density.form.num_theta, float(np.sum(log_density.terms.row_weights)), np.array(start)))
         for done in range(0, num_warmup, 10):
-            time.sleep(self.seconds_per_chunk)
             if control.on_progress is not None:
                 control.on_progress("warm-up", done, num_warmup)
-        shape = (num_chains, num_samples)
+        self.limits.append(control.seconds)
+        shape = (num_chains, self.num_kept or num_samples)
         draws = start + 0.02 * np.asarray(jax.random.normal(key, (*shape, log_density.size)))
         return Posterior(np.asarray(draws, np.float32), {"diverging": np.zeros(shape, bool)}, {"engine": "scattered"})
 
@@ -140,16 +139,27 @@ def test_nothing_fitted_has_no_best_and_says_so(mlp, regression, scattered, shor
     found.plot().canvas.draw()
 
 
-def test_budget_is_divided_and_what_does_not_fit_is_said(mlp, regression, short):
-    """Two candidates that take far longer than the budget; the last finds nothing left of it."""
-    slow = Scattered(fits=[], seconds_per_chunk=1.0)
-    options = {**short, "num_warmup": 10_000}
+def test_what_finds_nothing_left_of_the_budget_is_skipped_and_said(mlp, regression, scattered, short):
     candidates = {"first": nb.last(1), "second": nb.biases()}
-    found = compare_partitions(mlp, *regression, candidates, budget_seconds=0.5, engine=slow, **options)
-    assert [row["status"] for row in found.table] == ["skipped", "skipped"]
-    assert all("not enough" in row["note"] or "used up" in row["note"] for row in found.table)
-    assert len(slow.fits) < 2 or found.seconds < 60
-    assert "skipped" in str(found)
+    found = compare_partitions(mlp, *regression, candidates, budget_seconds=1e-6, engine=scattered, **short)
+    assert [row["status"] for row in found.table] == ["skipped", "skipped"] and found.best is None
+    assert all("used up" in row["note"] for row in found.table) and not scattered.fits
+    assert str(found).count("used up") == 2
+
+
+def test_time_that_is_up_in_warm_up_ends_the_candidate(mlp, regression, scattered, short):
+    model = nb.PartialBNN(mlp, bayesian=nb.last(1))
+    with pytest.raises(_OutOfTime, match="of 20 iterations of warm-up") as caught:
+        model.fit(*regression, engine=_WithinSeconds(engine=scattered, seconds=0.0), progress_bar=False, **short)
+    assert caught.value.size == 5
+
+
+@pytest.mark.filterwarnings("ignore::neurobayes.errors.ConvergenceWarning")
+def test_time_that_is_up_in_sampling_keeps_the_draws_and_says_how_many(mlp, regression, short):
+    fewer = Scattered(fits=[], num_kept=30)
+    (row,) = compare_partitions(mlp, *regression, [nb.last(1)], budget_seconds=1e6, engine=fewer, **short).table
+    assert row["status"] == "done" and row["note"] == "time was up after 30 of 40 draws"
+    assert fewer.limits[0] is not None and 0 < fewer.limits[0] < 1e6
 
 
 def test_a_budget_that_suffices_changes_nothing(mlp, regression, scattered, short):

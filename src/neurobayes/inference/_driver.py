@@ -5,6 +5,7 @@ how a run is cut into chunks, interrupted or resumed.
 """
 
 import dataclasses
+import functools
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,6 +22,9 @@ CHUNK = 50
 """Iterations per compiled call: often enough for progress and interruption, rarely enough to cost nothing."""
 
 SECONDS_BETWEEN_CHECKPOINTS = 1.0
+"""Least time between two saves; in a long run it is ``SHARE_BETWEEN_CHECKPOINTS`` of the time so far."""
+
+SHARE_BETWEEN_CHECKPOINTS = 0.01
 
 
 class Group(Protocol):
@@ -74,11 +78,12 @@ class _Run:
     def __init__(self, groups: Sequence[Group], num_warmup: int, num_samples: int, control: RunControl):
         self.groups, self.control = groups, control
         self.totals = {"warm-up": num_warmup, "sampling": num_samples}
-        self.counters = {"warm-up": 0, "sampling": 0}
+        # Kept with a checkpoint, so that a resumed run stops where an uninterrupted one does.
+        self.counters = {"warm-up": 0, "sampling": 0, "next check": CHUNK, "milliseconds": 0}
         self.kept: list[dict[str, np.ndarray]] = []
         self.unsaved: list[dict[str, np.ndarray]] = []
         self.started = self.saved = time.perf_counter()
-        self.next_check = CHUNK
+        self.unsaved_work = False
 
     def restore(self) -> None:
         """Go on from the checkpoint, if there is one."""
@@ -90,27 +95,24 @@ class _Run:
             size = len(jax.tree.leaves(group.state))
             group.state = checkpoints.restore_leaves(group.state, leaves[taken : taken + size])
             taken += size
-        self.counters = snapshot.counters
+        self.counters |= snapshot.counters
+        self.started -= self.counters["milliseconds"] / 1000
         if snapshot.draws:
             self.kept = [snapshot.draws]
 
     def loop(self) -> str:
         """Chunks until the end or a stopping rule; why it ended."""
         for stage, total in self.totals.items():
-            while self.counters[stage] < total:
-                size = min(CHUNK, total - self.counters[stage])
-                self._chunk(stage, size)
+            reason = self._stopping_reason() if stage == "sampling" else None
+            while reason is None and self.counters[stage] < total:
+                self._chunk(stage, min(CHUNK, total - self.counters[stage]))
                 self._save(force=False)
                 if self.control.on_progress is not None:
                     self.control.on_progress(stage, self.counters[stage], total)
-                if stage == "sampling":
-                    reason = self._stopping_reason()
-                    if reason is not None:
-                        self._save(force=True)
-                        return reason
+                reason = self._stopping_reason() if stage == "sampling" else None
             self._check_health(stage)
         self._save(force=True)
-        return "num_samples"
+        return reason or "num_samples"
 
     def _chunk(self, stage: str, size: int) -> None:
         sampling = stage == "sampling"
@@ -124,27 +126,33 @@ class _Run:
         for group, (state, _, _) in zip(self.groups, pending, strict=True):
             group.state = state
         self.counters[stage] += size
+        self.unsaved_work = True
 
     def _save(self, *, force: bool) -> None:
-        if self.control.checkpoint is None:
+        if self.control.checkpoint is None or not self.unsaved_work:
             return
         now = time.perf_counter()
-        if not force and now - self.saved < SECONDS_BETWEEN_CHECKPOINTS:
+        pause = max(SECONDS_BETWEEN_CHECKPOINTS, SHARE_BETWEEN_CHECKPOINTS * (now - self.started))
+        if not force and now - self.saved < pause:
             return
+        self.counters["milliseconds"] = int(1000 * (now - self.started))
         new = {name: np.concatenate([c[name] for c in self.unsaved], axis=1) for name in self.unsaved[0]} if (
             self.unsaved
         ) else {}  # fmt: skip
         self.control.checkpoint.save(self.counters, [group.state for group in self.groups], new)
-        self.unsaved, self.saved = [], time.perf_counter()
+        self.unsaved, self.saved, self.unsaved_work = [], time.perf_counter(), False
 
     def _stopping_reason(self) -> str | None:
         """``"seconds"`` or ``"until"`` when its rule is met; quality is judged ever more rarely as draws grow."""
+        done = self.counters["sampling"]
+        if done == 0:
+            return None
         if self.control.seconds is not None and time.perf_counter() - self.started >= self.control.seconds:
             return "seconds"
-        if self.control.is_enough is not None and self.counters["sampling"] >= self.next_check:
-            self.next_check = int(self.counters["sampling"] * 1.2) + CHUNK
+        if self.control.is_enough is not None and done >= self.counters["next check"]:
             if self.control.is_enough(self._joined("position")):
                 return "until"
+            self.counters["next check"] = int(done * 1.2) + CHUNK
         return None
 
     def _check_health(self, stage: str) -> None:
@@ -158,16 +166,26 @@ class _Run:
         return np.concatenate([chunk[name] for chunk in self.kept], axis=1)
 
     def outcome(self, ended_by: str) -> Outcome:
-        names = [name for name in self.kept[0] if name != "position"]
-        return Outcome(self._joined("position"), {name: self._joined(name) for name in names}, ended_by)
+        wanted = self.totals["sampling"]  # a checkpoint may hold more
+        joined = {name: self._joined(name)[:, :wanted] for name in self.kept[0]}
+        return Outcome(joined.pop("position"), joined, ended_by)
 
 
 def _cut(reports: dict[str, Any], size: int) -> dict[str, np.ndarray]:
     return {name: np.asarray(values)[:, :size] for name, values in reports.items()}
 
 
-def map_chains(fn: Callable[..., Any], chains: Any) -> Any:
-    """``vmap`` over chains; a single chain runs plain, since batching turns its branches into both-sides selects."""
-    if jax.tree.leaves(chains)[0].shape[0] > 1:
-        return jax.vmap(fn)(chains)
-    return jax.tree.map(lambda leaf: leaf[None], fn(jax.tree.map(lambda leaf: leaf[0], chains)))
+def map_chains(fn: Callable[..., Any], chains: Any, devices: tuple[Any, ...] = ()) -> Any:
+    """``fn`` of every chain in one program; with ``devices``, an equal share of the chains on each.
+
+    On a CPU one chain follows another: batching would round sums in another order, so that a chain's draws
+    depended on its neighbours, and would make every chain wait for the longest trajectory. Accelerators run
+    chains as a batch. A single chain always runs plain.
+    """
+    if len(devices) > 1:
+        mesh, by_chain = jax.sharding.Mesh(np.array(devices), ("chain",)), jax.sharding.PartitionSpec("chain")
+        share = functools.partial(map_chains, fn)
+        return jax.shard_map(share, mesh=mesh, in_specs=(by_chain,), out_specs=by_chain, check_vma=False)(chains)
+    if jax.tree.leaves(chains)[0].shape[0] == 1:
+        return jax.tree.map(lambda leaf: leaf[None], fn(jax.tree.map(lambda leaf: leaf[0], chains)))
+    return jax.lax.map(fn, chains) if jax.default_backend() == "cpu" else jax.vmap(fn)(chains)

@@ -13,7 +13,6 @@ other. Each draw of ``(h, noise)`` is completed by one exact draw of ``w``.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +36,7 @@ class CollapsedForm:
 
     form: Form
     linear: tuple[int, ...]
+    pieces: linearity.Pieces
 
     @property
     def num_noise(self) -> int:
@@ -80,9 +80,20 @@ class CollapsedForm:
         """
         at = self.linear_indices
         centre, std = jnp.asarray(terms.prior.mean)[at], jnp.asarray(terms.prior.std)[at]
-        outputs, pushed = jax.linearize(
-            lambda u: self.form.outputs(self.complete(position, centre + std * u), terms.carry), jnp.zeros(len(at))
-        )
+        full = self.complete(position, centre)
+        fixed = [full[start:stop] for start, stop in self.pieces.bounds]
+        local = np.full(self.form.num_theta, -1)
+        local[at] = np.arange(len(at))
+
+        def outputs_at(u):
+            weights = centre + std * u
+            slices = [
+                weights[local[start] : local[start] + stop - start] if owner in self.linear else value
+                for (start, stop), owner, value in zip(self.pieces.bounds, self.pieces.owners, fixed, strict=True)
+            ]
+            return self.pieces(slices, terms.carry)
+
+        outputs, pushed = jax.linearize(outputs_at, jnp.zeros(len(at)))
         features = jax.vmap(pushed)(jnp.eye(len(at)))  # (k, rows, outputs)
         noise_std = self.form.noise_std(self.complete(position, centre), terms.noise_prior)
         weighted = features * terms.row_weights[:, None] / noise_std**2
@@ -116,15 +127,14 @@ def collapsed_form(log_density: LogDensity) -> CollapsedForm | None:
     form = log_density.form
     if type(form.likelihood) is not Gaussian or not form.blocks or form.hoisted.recomputes:
         return None
-    linear = _linear(form, log_density.terms.carry)
+    pieces = linearity.cut(form.hoisted, form.blocks, log_density.terms.carry)
+    if pieces is None:
+        return None
+    linear = pieces.affine_blocks(len(form.blocks))
     size = sum(form.blocks[block] for block in linear)
     if not linear or len(linear) == len(form.blocks) or size > MAX_COLLAPSED:
         return None
-    return CollapsedForm(form, linear)
-
-
-def _linear(form: Form, carry: Any) -> tuple[int, ...]:
-    return linearity.affine_blocks(form.hoisted, form.blocks, carry)
+    return CollapsedForm(form, linear, pieces)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,0 +1,380 @@
+"""Microcanonical Langevin Monte Carlo (MCLMC) with BlackJAX's kernels and tuners, in compiled chunks.
+
+Robnik, De Luca, Silverstein & Seljak (2023), "Microcanonical Hamiltonian Monte
+Carlo", JMLR 24; the adjusted variant follows Robnik, Cohn-Gordon & Seljak
+(2025). The dynamics keep the energy instead of drawing a new one for each
+trajectory, which suits posteriors of hundreds to thousands of weights.
+
+Unadjusted, the step size alone bounds the bias: the tuner sets it so that the
+variance of the energy error per dimension is ``desired_energy_var``. Adjusted,
+a Metropolis test removes the bias.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import _checks
+from .._typing import Key
+from ..errors import OptionError, TrainingError
+from ..log_density import Form, LogDensity
+from ..posterior import Posterior
+from . import _blackjax
+from ._driver import CHUNK, advance, map_chains
+from .base import Engine, RunControl
+from .collapse import CollapsedForm, collapsed_form, complete_draws
+from .curvature import inverse_mass
+
+MAX_ATTEMPTS = 4
+"""Tuning runs before it is given up; each starts with a quarter of the step size of the one before."""
+
+FROZEN_RATIO = 1e-2
+"""A tuned step that crosses less than this part of a decoherence length in the whole tuning run has collapsed."""
+
+MIN_TUNING_STEPS = 100
+_GRADIENTS_PER_STEP = 2  # McLachlan's integrator
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MCLMC(Engine):
+    """Microcanonical Langevin dynamics, tuned to an energy error (unadjusted) or an acceptance rate (adjusted).
+
+    Parameters
+    ----------
+    adjusted : correct each trajectory by a Metropolis test: no bias, and fewer effective draws per gradient.
+    desired_energy_var : variance of the energy error per dimension that the unadjusted step size is tuned to;
+        the bias of variances falls with it.
+    target_accept : mean acceptance probability the adjusted step size is tuned to.
+    trajectory_steps : mean number of steps between two Metropolis tests.
+    thinning : integrator steps per stored draw. The default of 16 costs 32 gradients, as much as a NUTS draw of
+        tree depth 5. An iteration of warm-up is as many steps.
+    diagonal_preconditioning : scale every coordinate by its posterior spread as estimated during tuning.
+    initial_mass : where those scales start: ``"curvature"`` (Fisher information at the trained weights) or
+        ``"identity"``.
+    collapse : integrate a linear output layer with Gaussian noise out analytically and draw it exactly.
+    jitter : chains start at the trained weights plus this many prior standard deviations of noise.
+    """
+
+    adjusted: bool = False
+    desired_energy_var: float = 5e-4
+    target_accept: float = 0.9
+    trajectory_steps: int = 8
+    thinning: int = 16
+    diagonal_preconditioning: bool = True
+    initial_mass: str = "curvature"
+    collapse: bool = False
+    jitter: float = 0.05
+
+    def __post_init__(self) -> None:
+        _checks.check_positive("desired_energy_var", self.desired_energy_var)
+        _checks.check_fraction("target_accept", self.target_accept)
+        _checks.check_positive_int("trajectory_steps", self.trajectory_steps, minimum=2)
+        _checks.check_positive_int("thinning", self.thinning)
+        _checks.check_one_of("initial_mass", self.initial_mass, ("curvature", "identity"))
+        _checks.check_positive("jitter", self.jitter, allow_zero=True)
+
+    def run(
+        self,
+        key: Key,
+        log_density: LogDensity,
+        start: np.ndarray,
+        *,
+        num_warmup: int,
+        num_samples: int,
+        num_chains: int = 1,
+        control: RunControl = RunControl(),  # noqa: B008 - frozen
+    ) -> Posterior:
+        started = time.perf_counter()
+        _blackjax.load("engine='mclmc'")
+        key_mass, key_chains, key_draw = _split(key)
+        form, terms, start = log_density.form, log_density.terms, np.asarray(start, np.float32)
+        mass = np.ones_like(start)
+        if self.initial_mass == "curvature":
+            mass = np.asarray(inverse_mass(log_density.form, key_mass, start, terms, False))
+        collapsed = _collapsed(log_density) if self.collapse else None
+        if collapsed is not None:
+            form, start, mass = collapsed, start[collapsed.kept_indices], mass[collapsed.kept_indices]
+            control = _judging_full_draws(control, collapsed, key_draw, terms)
+        if len(start) < 2:
+            raise OptionError("engine='mclmc' needs at least two random scalars, and there is one. Use engine='nuts'.")
+        kernel = Kernel(
+            form, self.adjusted, max(MIN_TUNING_STEPS, num_warmup * self._transitions), self._transitions,
+            self.desired_energy_var, self.target_accept, self.trajectory_steps, self.diagonal_preconditioning,
+        )  # fmt: skip
+        states = self._states(kernel, key_chains, start, mass, terms, num_chains, control)
+        group = _Group(kernel, states, terms)
+        outcome = advance([group], num_warmup if control.warm_start else 0, num_samples, control)
+        adaptation = {
+            "position": np.asarray(group.state.inner.position),
+            **{name: np.asarray(getattr(group.state, name)) for name in ("L", "step_size", "inverse_mass")},
+        }
+        info = {
+            "engine": "mclmc",
+            "adjusted": self.adjusted,
+            "collapsed": collapsed is not None,
+            "num_warmup": num_warmup,
+            "L": adaptation["L"].tolist(),
+            "step_size": adaptation["step_size"].tolist(),
+            "tuning_attempts": np.asarray(group.state.attempts).tolist(),
+            "ended_by": outcome.ended_by,
+        }
+        draws = outcome.draws if collapsed is None else _completed(collapsed, key_draw, outcome.draws, terms)
+        info["seconds"] = time.perf_counter() - started
+        return Posterior(draws, outcome.stats, info, adaptation)
+
+    @property
+    def _transitions(self) -> int:
+        """Kernel calls per stored draw; an adjusted one is a whole trajectory."""
+        return max(1, round(self.thinning / self.trajectory_steps)) if self.adjusted else self.thinning
+
+    def _states(self, kernel: "Kernel", key, start, mass, terms, num_chains: int, control: RunControl) -> "ChainState":
+        """Tuned chains; those of an earlier run as they were; or a frame for what a checkpoint holds."""
+        if control.warm_start:
+            positions, masses, steps, lengths = _warm_start(control.warm_start, num_chains, len(start))
+            return _start_chains(kernel, key, positions, np.float32(0), masses, steps, lengths, terms)
+        positions, masses = np.tile(start, (num_chains, 1)), np.tile(mass, (num_chains, 1))
+        steps = np.full(num_chains, 0.25 * math.sqrt(len(start)), np.float32)
+        arguments = (kernel, key, positions, np.float32(self.jitter), masses, steps, 4 * steps, terms)
+        if control.checkpoint is not None and control.checkpoint.load() is not None:
+            return _start_chains(*arguments)
+        states = _tuned_chains(*arguments)
+        _require_tuned(states, kernel)
+        return states
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """The static part of a run: equal kernels share compiled programs."""
+
+    form: Form | CollapsedForm
+    adjusted: bool
+    num_tuning: int
+    transitions: int
+    energy_var: float
+    target_accept: float
+    trajectory_steps: int
+    diagonal: bool
+
+
+class ChainState(NamedTuple):
+    """One chain between two draws: BlackJAX's own state, the random key, and what tuning has found."""
+
+    inner: Any
+    key: Any
+    L: Any
+    step_size: Any
+    inverse_mass: Any
+    attempts: Any
+    tuned: Any
+
+
+class _Group:
+    """Chains that advance together."""
+
+    def __init__(self, kernel: Kernel, state: ChainState, terms: Any):
+        self.kernel, self.state, self.terms = kernel, state, terms
+
+    def dispatch(self, num_steps: int, sampling: bool) -> Any:
+        return _run_chunk(self.kernel, self.state, self.terms, np.int32(num_steps))
+
+    def is_healthy(self, state: ChainState) -> bool:
+        return bool(np.all(np.isfinite(np.asarray(state.inner.logdensity))))
+
+
+_split = jax.jit(lambda key: jax.random.split(key, 3))
+
+
+def _collapsed(log_density: LogDensity) -> CollapsedForm:
+    form = collapsed_form(log_density)
+    if form is None:
+        raise OptionError(
+            "collapse=True needs Gaussian noise, an output layer among the Bayesian weights, and Bayesian weights "
+            "before it. Use MCLMC(collapse=False), or engine='last_layer' where only the output layer is Bayesian."
+        )
+    return form
+
+
+def _completed(form: CollapsedForm, key, positions: np.ndarray, terms) -> np.ndarray:
+    flat = complete_draws(form, key, positions.reshape(-1, positions.shape[-1]), terms)
+    return np.asarray(flat).reshape(*positions.shape[:2], -1)
+
+
+def _judging_full_draws(control: RunControl, form: CollapsedForm, key, terms) -> RunControl:
+    if control.is_enough is None:
+        return control
+    is_enough = control.is_enough
+    return dataclasses.replace(control, is_enough=lambda x: is_enough(_completed(form, key, x, terms)))
+
+
+def _warm_start(adaptation: dict[str, Any], num_chains: int, size: int):
+    """Positions, scales, step sizes and decoherence lengths of an earlier run, its chains reused in turn."""
+    if "L" not in adaptation or adaptation["position"].shape[1] != size:
+        raise OptionError(
+            "warm_start comes from a run of another engine, other Bayesian weights or another choice of collapse. "
+            "Fit without warm_start."
+        )
+    chains = np.arange(num_chains) % len(adaptation["position"])
+    return tuple(adaptation[name][chains] for name in ("position", "inverse_mass", "step_size", "L"))
+
+
+def _require_tuned(states: ChainState, kernel: Kernel) -> None:
+    failed = np.flatnonzero(~np.asarray(states.tuned))
+    if len(failed):
+        raise TrainingError(
+            f"the step size of MCLMC collapsed or became non-finite in {MAX_ATTEMPTS} tuning runs of "
+            f"{kernel.num_tuning} steps (chains {', '.join(map(str, failed))}). Raise num_warmup, give a noise prior "
+            "that stays away from zero, or use engine='nuts'."
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _transition(adjusted: bool, energy_var: float):
+    """BlackJAX's transition; the adjusted one draws its trajectory lengths from a low-discrepancy sequence."""
+    blackjax = _blackjax.load("engine='mclmc'")
+    if not adjusted:
+        return blackjax.mclmc.build_kernel(desired_energy_var=energy_var)
+    return blackjax.adjusted_mclmc_dynamic.build_kernel(
+        integration_steps_fn=_trajectory_steps, next_random_arg_fn=lambda count: count + 1
+    )
+
+
+def _trajectory_steps(count, average):
+    """Between 1 and about twice ``average``, equally distributed: multiples of the golden ratio, modulo one."""
+    fraction = (count.astype(jnp.uint32) * jnp.uint32(2654435769)).astype(jnp.float32) / 2.0**32
+    return jnp.maximum(jnp.ceil(fraction * (2.0 * average - 1.0)), 1.0).astype(jnp.int32)
+
+
+def _inner(kernel: Kernel, key, position, log_prob):
+    blackjax = _blackjax.load("engine='mclmc'")
+    if kernel.adjusted:
+        return blackjax.adjusted_mclmc_dynamic.init(position, log_prob, jnp.uint32(1))
+    return blackjax.mclmc.init(position, log_prob, key)
+
+
+def _start(kernel: Kernel, key, chain, jitter, terms) -> ChainState:
+    """A chain before tuning; chain c depends on the seed and c alone."""
+    index, position, mass, step_size, length = chain
+    key_jitter, key_inner, key_run = jax.random.split(jax.random.fold_in(key, index), 3)
+    position = position + jitter * kernel.form.position_scale(terms) * jax.random.normal(key_jitter, position.shape)
+    inner = _inner(kernel, key_inner, position, lambda x: kernel.form(x, terms))
+    return ChainState(inner, key_run, length, step_size, mass, jnp.int32(0), jnp.bool_(False))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _start_chains(kernel: Kernel, key, positions, jitter, masses, steps, lengths, terms) -> ChainState:
+    chains = (jnp.arange(len(positions)), positions, masses, steps, lengths)
+    return map_chains(lambda chain: _start(kernel, key, chain, jitter, terms), chains)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _tuned_chains(kernel: Kernel, key, positions, jitter, masses, steps, lengths, terms) -> ChainState:
+    """Chains with step size, decoherence length and scales tuned, at the end of their tuning run.
+
+    BlackJAX's tuner goes on over non-finite and frozen runs in silence. Such a
+    run is repeated from where the chain is, with a quarter of the step size.
+    """
+
+    def one(chain):
+        first = _start(kernel, key, chain, jitter, terms)
+
+        def attempt(state: ChainState) -> ChainState:
+            key_next, key_tune = jax.random.split(state.key)
+            shrunk = first.step_size * 0.25**state.attempts
+            tuned = _tune(kernel, key_tune, first._replace(inner=state.inner, step_size=shrunk), terms)
+            ok = _is_tuned(kernel, tuned, shrunk)
+            usable = jnp.all(jnp.isfinite(tuned.inner.position)) & jnp.isfinite(tuned.inner.logdensity)
+            inner = jax.tree.map(lambda new, old: jnp.where(usable, new, old), tuned.inner, first.inner)
+            return tuned._replace(inner=inner, key=key_next, attempts=state.attempts + 1, tuned=ok)
+
+        return jax.lax.while_loop(lambda s: ~s.tuned & (s.attempts < MAX_ATTEMPTS), attempt, first)
+
+    return map_chains(one, (jnp.arange(len(positions)), positions, masses, steps, lengths))
+
+
+def _is_tuned(kernel: Kernel, state: ChainState, first_step):
+    """Whether a tuning run moved, changed its step size, and ended with usable numbers."""
+    values = jnp.concatenate([state.L[None], state.step_size[None], state.inverse_mass])
+    positive = jnp.all(jnp.isfinite(values) & (values > 0)) & jnp.isfinite(state.inner.logdensity)
+    moves = state.step_size * kernel.num_tuning >= FROZEN_RATIO * state.L
+    return positive & moves & (state.step_size != first_step)
+
+
+def _tune(kernel: Kernel, key, state: ChainState, terms) -> ChainState:
+    """One run of BlackJAX's tuner. Its fractions are of the tuning run itself, whose length they add up to."""
+    blackjax = _blackjax.load("engine='mclmc'")
+    from_ = blackjax.adaptation.mclmc_adaptation.MCLMCAdaptationState(state.L, state.step_size, state.inverse_mass)
+    common = {
+        "mclmc_kernel": _transition(kernel.adjusted, kernel.energy_var),
+        "num_steps": kernel.num_tuning,
+        "state": state.inner,
+        "rng_key": key,
+        "logdensity_fn": lambda x: kernel.form(x, terms),
+        "diagonal_preconditioning": kernel.diagonal,
+        "params": from_,
+    }
+    if kernel.adjusted:
+        inner, found, *_ = blackjax.adjusted_mclmc_find_L_and_step_size(
+            target=kernel.target_accept, target_num_integration_steps=float(kernel.trajectory_steps),
+            frac_tune1=0.25, frac_tune2=0.5, frac_tune3=0.0, **common,
+        )  # fmt: skip
+    else:
+        inner, found, _ = blackjax.mclmc_find_L_and_step_size(
+            desired_energy_var=kernel.energy_var, frac_tune1=0.3, frac_tune2=0.3, frac_tune3=0.3, **common
+        )
+    as_before = [jnp.asarray(value, jnp.float32) for value in found]
+    return state._replace(inner=inner, L=as_before[0], step_size=as_before[1], inverse_mass=as_before[2])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_chunk(kernel: Kernel, states: ChainState, terms, num_steps):
+    """``num_steps <= CHUNK`` stored draws of each chain: (states, positions, reports), padded to CHUNK."""
+
+    def one(state):
+        size = state.inner.position.shape[-1]
+        _, report = jax.eval_shape(lambda state, terms: _draw(kernel, state, terms), state, terms)
+        reports = jax.tree.map(lambda a: jnp.zeros((CHUNK, *a.shape), a.dtype), report)
+
+        def body(i, carry):
+            state, positions, reports = carry
+            state, new = _draw(kernel, state, terms)
+            reports = jax.tree.map(lambda all_, one: all_.at[i].set(one), reports, new)
+            return state, positions.at[i].set(state.inner.position), reports
+
+        return jax.lax.fori_loop(0, num_steps, body, (state, jnp.zeros((CHUNK, size)), reports))
+
+    return map_chains(one, states)
+
+
+def _draw(kernel: Kernel, state: ChainState, terms) -> tuple[ChainState, dict[str, Any]]:
+    """All transitions of one stored draw, and their joint report."""
+    key_next, key_draw = jax.random.split(state.key)
+    transition = _transition(kernel.adjusted, kernel.energy_var)
+    dim = state.inner.position.shape[-1]
+
+    def log_prob(x):
+        return kernel.form(x, terms)
+
+    def adjusted(inner, key):
+        average = state.L / state.step_size
+        inner, info = transition(
+            key, inner, log_prob, state.step_size, inverse_mass_matrix=state.inverse_mass,
+            integration_steps_params=(average,),
+        )  # fmt: skip
+        steps = _GRADIENTS_PER_STEP * info.num_integration_steps
+        return inner, {"diverging": info.is_divergent, "num_steps": steps, "accept_prob": info.acceptance_rate}
+
+    def unadjusted(inner, key):
+        inner, info = transition(key, inner, log_prob, state.inverse_mass, state.L, state.step_size)
+        energy = {"energy_change": info.energy_change, "energy_var": info.energy_change**2 / dim}
+        return inner, {"diverging": ~info.nonans, "num_steps": jnp.int32(_GRADIENTS_PER_STEP), **energy}
+
+    step = adjusted if kernel.adjusted else unadjusted
+    inner, each = jax.lax.scan(step, state.inner, jax.random.split(key_draw, kernel.transitions))
+    join = {"diverging": jnp.any, "num_steps": jnp.sum, "energy_change": jnp.sum}
+    return state._replace(inner=inner, key=key_next), {k: join.get(k, jnp.mean)(v) for k, v in each.items()}
