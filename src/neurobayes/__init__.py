@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import datasets, errors, inference, metrics, networks, plots, utils
     from .advisor import compare_partitions
+    from .arviz import to_arviz
     from .directions import subspace
     from .models.bnn import BNN
     from .models.deterministic import DeterministicNN
@@ -63,6 +64,7 @@ __all__ = [
     "random_subset",
     "select_bayesian_components",
     "subspace",
+    "to_arviz",
     "top",
     "utils",
     "weights",
@@ -91,6 +93,7 @@ _MODULE_OF = {
     "random_subset": "selectors",
     "select_bayesian_components": "selection",
     "subspace": "directions",
+    "to_arviz": "arviz",
     "top": "selectors",
     "weights": "selectors",
 }

@@ -111,8 +111,7 @@ class Checkpoint:
         if fingerprint != self.fingerprint or version != _FORMAT:
             raise CheckpointError(
                 f"checkpoint_dir={str(self.folder)!r} belongs to another run: data, network, options, seed or "
-                "version differ. "
-                "Give each run a folder of its own, or delete this one."
+                "version differ. Give each run a folder of its own, or delete this one."
             )
         return manifest
 

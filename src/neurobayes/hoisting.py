@@ -32,6 +32,8 @@ class Hoisted:
     recomputes = False
 
     def __init__(self, fn: Callable[..., Any], theta: Any, frozen: Sequence[Any]):
+        self._origin = (fn, *jax.eval_shape(lambda *args: args, theta, tuple(frozen)))
+        self._resized: dict[int, Hoisted] = {}
         closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(theta, *frozen)
         num_theta = len(jax.tree.leaves(theta))
         jaxpr, consts = closed.jaxpr, closed.consts
@@ -60,6 +62,14 @@ class Hoisted:
     def late(self, theta: Any, carry: list[Array]) -> Any:
         """The function's value; differentiable in ``theta``."""
         return jax.tree.unflatten(self._out_tree, self._late(*jax.tree.leaves(theta), *carry))
+
+    def resized(self, num_rows: int) -> "Hoisted":
+        """The same split for ``num_rows`` rows of the last frozen argument; the same object each time."""
+        if num_rows not in self._resized:
+            fn, theta, (*frozen, x) = self._origin
+            x = jax.ShapeDtypeStruct((num_rows, *x.shape[1:]), x.dtype)
+            self._resized[num_rows] = Hoisted(fn, theta, (*frozen, x))
+        return self._resized[num_rows]
 
 
 def _split(equations: Sequence[Any], outvars: Sequence[Any], theta_vars: Sequence[Any], known_vars: Sequence[Any]):

@@ -11,6 +11,7 @@ from ._typing import Key, Params, State
 from .likelihoods import Likelihood
 from .networks.base import Network
 from .regularisation import Regularisation
+from .weight_statistics import TrainingStatistics
 
 FULL_BATCH_ROWS = 1024
 """Up to this many rows every step takes all of them; above, steps take ``BATCH_ROWS``."""
@@ -49,7 +50,7 @@ class Pretrained:
     params: Params
     state: State
     history: dict[str, np.ndarray]
-    statistics: training.TrainingStatistics | None
+    statistics: TrainingStatistics | None
     sigma: float | None
     num_epochs: int
     search: Regularisation | None

@@ -1,8 +1,8 @@
 """How strongly and how long to train, chosen by rows the network has not seen.
 
 The rows are split into folds. For each prior scale of a grid and each fold a
-network is trained on the other folds, all of them together in one vmapped
-program, and its loss on the left-out fold is followed through the epochs. The
+network is trained on the other folds, the folds of a scale together in one
+vmapped program, and its loss on the left-out fold is followed through the epochs. The
 prior scale and the number of epochs with the least left-out loss are then used
 on all rows. A network trained to the end memorises a few hundred rows, and no
 posterior over its last layer can undo that.
@@ -10,7 +10,9 @@ posterior over its last layer can undo that.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -23,12 +25,12 @@ from .training import EPOCHS_PER_CALL, Program, Rows, Settings, initialise, pad_
 SIGMA_GRID = (0.1, 0.3, 1.0, 3.0)
 """Prior standard deviations tried by ``map_sigma="auto"``, for noise of one standard deviation of the target."""
 
+TIE = 0.005
+"""Share of the whole gain of training that is not worth more epochs."""
+
 MAX_FOLDS = 5
 FOLD_ROWS = 2000
 """Rows times trained folds of a search: small data sets are cross-fitted, large ones leave out one part."""
-
-SEARCH_ROWS = 8192
-"""Largest number of rows a search uses; the choice hardly moves with more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Regularisation:
     ----------
     sigma : chosen prior standard deviation of the weights; infinite means none.
     num_epochs : chosen number of epochs.
-    losses : (sigmas, epochs) mean left-out loss in nats per row.
+    losses : (sigmas, epochs) mean left-out loss in nats per row; infinite after the epoch at which a sigma's run ended.
     sigmas : the grid.
     unseen_rmse : (d,) root mean squared error of the left-out predictions at the choice, in working
         units; None for classification.
@@ -74,17 +76,19 @@ def choose(
     num_rows = int(np.asarray(rows.real).sum())
     used = range(min(int(folds.max()) + 1, max(1, FOLD_ROWS // num_rows)))
     weights = np.stack([(folds != k) for k in used]).astype(np.float32) * np.asarray(rows.real)
-    members = [(sigma, w) for sigma in sigmas for w in weights]
-    settings = Settings(
-        row_weights=np.stack([w for _, w in members]),
-        prior_precision=np.array([1.0 / sigma**2 for sigma, _ in members], np.float32),
-        noise_std=np.asarray(noise_std, np.float32),
-    )
     # The same initialisation for every sigma of a fold: differences are then due to sigma.
-    progress, state = _start_members(program, list(jax.random.split(key, len(weights))), len(sigmas), rows.x)
-    losses = _follow(program, progress, state, rows, settings, learning_rates)
-    per_sigma = losses.reshape(len(sigmas), len(weights), -1).mean(axis=1)
-    best_sigma, best_epoch = np.unravel_index(int(np.nanargmin(per_sigma)), per_sigma.shape)
+    start, state = _start_members(program, list(jax.random.split(key, len(weights))), rows.x)
+
+    def follow(sigma: float) -> np.ndarray:
+        settings = Settings(weights, np.float32(1.0 / sigma**2), np.asarray(noise_std, np.float32))
+        return _follow(program, start, state, rows, settings, learning_rates)
+
+    curves = _side_by_side(follow, sigmas)
+    per_sigma = np.full((len(sigmas), max(map(len, curves))), np.inf)
+    for losses, curve in zip(per_sigma, curves, strict=True):
+        losses[: len(curve)] = curve
+    best_sigma = int(np.argmin(per_sigma.min(axis=1)))
+    best_epoch = earliest_good_epoch(per_sigma[best_sigma])
     return Regularisation(
         sigma=float(sigmas[best_sigma]),
         num_epochs=max(1, int(best_epoch)),
@@ -92,6 +96,16 @@ def choose(
         sigmas=sigmas,
         unseen_rmse=_unseen_rmse(program, per_sigma[best_sigma, best_epoch], noise_std),
     )
+
+
+def earliest_good_epoch(curve: np.ndarray) -> int:
+    """The first epoch whose loss is all but the least: within ``TIE`` of what training gains in all.
+
+    The end of a flat curve is decided by chance, and a longer run costs time and memorises more.
+    """
+    least = float(np.min(curve))
+    gain = float(curve[0]) - least if np.isfinite(curve[0]) else 0.0
+    return int(np.argmax(curve <= least + TIE * gain))
 
 
 def assign_folds(real: np.ndarray, seed: int) -> np.ndarray:
@@ -112,45 +126,47 @@ def _unseen_rmse(program: Program, loss: float, noise_std: np.ndarray) -> np.nda
     return noise_std * np.sqrt(max(2.0 * excess / len(noise_std), 1e-12))
 
 
+def _side_by_side(function: Callable[[float], np.ndarray], sigmas: Sequence[float]) -> list[np.ndarray]:
+    """``function`` of each sigma, on a CPU with a thread for each core: small networks keep only one busy."""
+    first = function(sigmas[0])  # compiles, once
+    workers = min(len(sigmas), os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
+    with ThreadPoolExecutor(workers) as pool:
+        return [first, *pool.map(function, sigmas[1:])]
+
+
 def _follow(program, progress, state, rows, settings, learning_rates) -> np.ndarray:
-    """Left-out loss by member and epoch; ends early once every curve has risen well past its minimum."""
-    num_epochs, curves = len(learning_rates), []
-    for first in range(0, num_epochs, EPOCHS_PER_CALL):
+    """Left-out loss by epoch, averaged over the folds; ends once it has risen well past its minimum."""
+    curve = np.zeros(0)
+    for first in range(0, len(learning_rates), EPOCHS_PER_CALL):
         chunk = learning_rates[first : first + EPOCHS_PER_CALL]
         progress, watched = _run_members(
             program, progress, state, rows, settings, pad_chunk(chunk), np.int32(len(chunk))
         )
-        curves.append(np.asarray(watched)[:, : len(chunk)])
-        done = np.concatenate(curves, axis=1)
-        if _all_past_minimum(done):
+        mean = np.asarray(watched, float)[:, : len(chunk)].mean(axis=0)
+        curve = np.concatenate([curve, np.where(np.isfinite(mean), mean, np.inf)])
+        if len(curve) > EPOCHS_PER_CALL and np.argmin(curve) < len(curve) // 2:
             break
-    losses = np.concatenate(curves, axis=1)
-    return np.where(np.isfinite(losses), losses, np.inf)
+    return curve
 
 
-def _all_past_minimum(curves: np.ndarray) -> bool:
-    """Whether every curve's minimum lies in the first half of what has been run."""
-    return bool(np.all(np.argmin(curves, axis=1) < curves.shape[1] // 2 - EPOCHS_PER_CALL // 2))
-
-
-def _start_members(program: Program, keys: Sequence[Key], num_copies: int, x: Array) -> tuple[Any, Any]:
-    """Members that start from one initialisation per key, each repeated ``num_copies`` times, and the network's state.
+def _start_members(program: Program, keys: Sequence[Key], x: Array) -> tuple[Any, Any]:
+    """Members that start from one initialisation per key, and the network's state.
 
     The compiled initialisation of the final run serves all of them: compiling a
     vmapped one takes longer than the search.
     """
     starts = [initialise(program, key, x, None) for key in keys]
-    return _stack([progress for progress, _ in starts], num_copies), starts[0][1]
+    return _stack([progress for progress, _ in starts]), starts[0][1]
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _stack(trees: list[Any], num_copies: int) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves * num_copies), *trees)
+@jax.jit
+def _stack(trees: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run_members(program: Program, progress, state, rows, settings, learning_rates, num_epochs):
-    axes = Settings(row_weights=0, prior_precision=0, noise_std=None, burn_in=None, patience=None, min_delta=None)
+    axes = Settings(row_weights=0, prior_precision=None, noise_std=None, burn_in=None, patience=None, min_delta=None)
 
     def one(progress, settings):
         collect = jnp.zeros(EPOCHS_PER_CALL)

@@ -19,10 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from . import weight_statistics
 from ._typing import Array, Key, Params, State
 from .errors import TrainingError
 from .likelihoods import LOG_2PI, Likelihood
 from .networks.base import Network
+from .weight_statistics import Statistics, TrainingStatistics
 
 EPOCHS_PER_CALL = 128
 """Epochs run by one compiled call at most; between calls progress is shown and losses are checked."""
@@ -78,16 +80,6 @@ class Settings(NamedTuple):
     min_delta: Any = np.float32(0.0)
 
 
-class Statistics(NamedTuple):
-    """Running moments of each weight over the steps after burn-in, and over the averaged weights (Welford)."""
-
-    num_steps: Array
-    mean: Params
-    sum_squares: Params
-    sum_abs_gradient: Params
-    averaged_squares: Params
-
-
 class Progress(NamedTuple):
     """Everything a training run carries from step to step."""
 
@@ -101,24 +93,6 @@ class Progress(NamedTuple):
     average: Params
     num_averaged: Array
     statistics: Statistics | None
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingStatistics:
-    """Per-weight summaries of a training run, pytrees shaped like the parameters.
-
-    Attributes
-    ----------
-    weight_variance, mean_abs_gradient : over the steps after burn-in.
-    num_steps : how many these were.
-    averaged_variance : variance over the weights that entered the average (the diagonal of SWAG, Maddox et al.
-        2019, arXiv:1902.02476); None where fewer than two did.
-    """
-
-    weight_variance: Params
-    mean_abs_gradient: Params
-    num_steps: int
-    averaged_variance: Params | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +156,7 @@ def _initialise(program: Program, key: Key, x: Array, params: Params | None) -> 
     start: Any = fresh if params is None else params
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), start)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    statistics = Statistics(jnp.zeros(()), zeros, zeros, zeros, zeros) if program.track_statistics else None
+    statistics = start(params) if program.track_statistics else None
     opt_state = make_optimizer(program.optimizer).init(params)  # pyright: ignore[reportArgumentType]
     progress = Progress(
         params, opt_state, key_run, jnp.int32(0),
@@ -209,21 +183,8 @@ def _step(program, progress, state, rows, settings, num_rows, learning_rate):
     params = optax.apply_updates(progress.params, updates)
     statistics = progress.statistics
     if statistics is not None:
-        statistics = _update_statistics(statistics, params, gradient, progress.epoch >= settings.burn_in)
+        statistics = weight_statistics.update(statistics, params, gradient, progress.epoch >= settings.burn_in)
     return progress._replace(params=params, opt_state=opt_state, key=key, statistics=statistics), loss
-
-
-def _update_statistics(statistics: Statistics, params: Params, gradient: Params, counts: Array) -> Statistics:
-    gate = counts.astype(jnp.float32)
-    count = statistics.num_steps + gate
-    rate = gate / jnp.maximum(count, 1.0)
-    mean = jax.tree.map(lambda m, p: m + rate * (p - m), statistics.mean, params)
-    squares = jax.tree.map(
-        lambda s, m_old, m_new, p: s + gate * (p - m_old) * (p - m_new),
-        statistics.sum_squares, statistics.mean, mean, params,
-    )  # fmt: skip
-    absolute = jax.tree.map(lambda a, g: a + gate * jnp.abs(g), statistics.sum_abs_gradient, gradient)
-    return Statistics(count, mean, squares, absolute, statistics.averaged_squares)
 
 
 def _epoch(program, progress, state, rows, settings, num_rows, learning_rates):
@@ -407,26 +368,13 @@ def _check_finite(losses: np.ndarray, first_epoch: int) -> None:
         )
 
 
-@jax.jit
-def _finish(statistics: Statistics) -> tuple[Params, Params]:
-    count = jnp.maximum(statistics.num_steps, 1.0)
-    variance = jax.tree.map(lambda s: s / count, statistics.sum_squares)
-    return variance, jax.tree.map(lambda a: a / count, statistics.sum_abs_gradient)
-
-
 def _result(program: Program, progress: Progress, history, num_epochs: int) -> TrainingResult:
     params, num_averaged = progress.params, int(progress.num_averaged)
     if num_averaged:
         params = progress.average
     elif program.early_stopping:
         params = progress.best_params
-    statistics = None
-    if progress.statistics is not None:
-        variance, gradient = _finish(progress.statistics)
-        averaged = None
-        if num_averaged > 1:
-            averaged = jax.tree.map(lambda s: np.asarray(s) / num_averaged, progress.statistics.averaged_squares)
-        statistics = TrainingStatistics(variance, gradient, int(progress.statistics.num_steps), averaged)
+    statistics = None if progress.statistics is None else weight_statistics.summarise(progress.statistics, num_averaged)
     return TrainingResult(
         params=params,
         history=history,

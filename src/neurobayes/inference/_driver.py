@@ -5,7 +5,6 @@ how a run is cut into chunks, interrupted or resumed.
 """
 
 import dataclasses
-import functools
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -175,17 +174,38 @@ def _cut(reports: dict[str, Any], size: int) -> dict[str, np.ndarray]:
     return {name: np.asarray(values)[:, :size] for name, values in reports.items()}
 
 
-def map_chains(fn: Callable[..., Any], chains: Any, devices: tuple[Any, ...] = ()) -> Any:
-    """``fn`` of every chain in one program; with ``devices``, an equal share of the chains on each.
+def replicate(tree: Any, devices: tuple[Any, ...]) -> Any:
+    """What all chains share, copied to each device once."""
+    if len(devices) < 2:
+        return tree
+    return jax.device_put(tree, jax.sharding.NamedSharding(_mesh(devices), jax.sharding.PartitionSpec()))
+
+
+def _mesh(devices: tuple[Any, ...]) -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(np.array(devices), ("chain",))
+
+
+def spread_chains(fn: Callable[..., Any], devices: tuple[Any, ...]) -> Callable[..., Any]:
+    """``fn(chains, *shared)`` with an equal share of the chains on each device, each at its own pace."""
+    if len(devices) < 2:
+        return fn
+
+    def spread(chains: Any, *shared: Any) -> Any:
+        by_chain, everywhere = jax.sharding.PartitionSpec("chain"), jax.sharding.PartitionSpec()
+        in_specs = (by_chain, *[everywhere] * len(shared))
+        mapped = jax.shard_map(fn, mesh=_mesh(devices), in_specs=in_specs, out_specs=by_chain, check_vma=False)
+        return mapped(chains, *shared)
+
+    return spread
+
+
+def map_chains(fn: Callable[..., Any], chains: Any) -> Any:
+    """``fn`` of every chain, in one program on one device.
 
     On a CPU one chain follows another: batching would round sums in another order, so that a chain's draws
     depended on its neighbours, and would make every chain wait for the longest trajectory. Accelerators run
     chains as a batch. A single chain always runs plain.
     """
-    if len(devices) > 1:
-        mesh, by_chain = jax.sharding.Mesh(np.array(devices), ("chain",)), jax.sharding.PartitionSpec("chain")
-        share = functools.partial(map_chains, fn)
-        return jax.shard_map(share, mesh=mesh, in_specs=(by_chain,), out_specs=by_chain, check_vma=False)(chains)
     if jax.tree.leaves(chains)[0].shape[0] == 1:
         return jax.tree.map(lambda leaf: leaf[None], fn(jax.tree.map(lambda leaf: leaf[0], chains)))
     return jax.lax.map(fn, chains) if jax.default_backend() == "cpu" else jax.vmap(fn)(chains)

@@ -206,9 +206,7 @@ class GaussianApproximation:
         return self.prior_std[:, None] * inner * self.prior_std
 
 
-def predictive_moments(
-    gaussian: GaussianApproximation, hoisted: Any, carry: Any
-) -> tuple[np.ndarray, np.ndarray]:
+def predictive_moments(gaussian: GaussianApproximation, hoisted: Any, carry: Any) -> tuple[np.ndarray, np.ndarray]:
     """Mean ``f(x; mode)`` and variance ``J cov J^T`` of the linearised network, noise not included, each ``(n, outputs)``.
 
     Draws of the weights put through the network itself have a larger variance

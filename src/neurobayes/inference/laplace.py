@@ -182,7 +182,9 @@ class _Search:
         noise, cov = _maximise_noise(form, self.noise, squares, num_rows, by_noise, terms.noise_prior)
         noise, self.noise_cov = np.asarray(noise), np.asarray(cov, float)
         if not (np.all(np.isfinite(noise)) and np.all(np.isfinite(self.noise_cov))):
-            raise TrainingError("the noise has no most likely value. Give noise_prior a distribution such as HalfNormal.")
+            raise TrainingError(
+                "the noise has no most likely value. Give noise_prior a distribution such as HalfNormal."
+            )
         return noise
 
     def _best_scale(self) -> float:
@@ -201,7 +203,9 @@ class _Search:
             outside = 0.0
         pull = gradient + values * u
         variance = SCALE_GRID[:, None] ** 2
-        evidence = (0.5 * pull**2 * variance / (1.0 + variance * values) - 0.5 * np.log1p(variance * values)).sum(axis=1)
+        evidence = (0.5 * pull**2 * variance / (1.0 + variance * values) - 0.5 * np.log1p(variance * values)).sum(
+            axis=1
+        )
         return float(SCALE_GRID[np.argmax(evidence - 0.5 * max(outside, 0.0) / SCALE_GRID**2)])
 
     def gaussian(self) -> GaussianApproximation:

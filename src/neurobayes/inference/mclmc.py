@@ -111,8 +111,8 @@ class MCLMC(Engine):
         group = _Group(kernel, states, terms)
         outcome = advance([group], num_warmup if control.warm_start else 0, num_samples, control)
         adaptation = {
-            "position": np.asarray(group.state.inner.position),
-            **{name: np.asarray(getattr(group.state, name)) for name in ("L", "step_size", "inverse_mass")},
+            "position": np.asarray(group.state.inner.position) * np.asarray(group.state.scale),
+            **{name: np.asarray(getattr(group.state, name)) for name in ("L", "step_size", "inverse_mass", "scale")},
         }
         info = {
             "engine": "mclmc",
@@ -136,11 +136,13 @@ class MCLMC(Engine):
     def _states(self, kernel: "Kernel", key, start, mass, terms, num_chains: int, control: RunControl) -> "ChainState":
         """Tuned chains; those of an earlier run as they were; or a frame for what a checkpoint holds."""
         if control.warm_start:
-            positions, masses, steps, lengths = _warm_start(control.warm_start, num_chains, len(start))
-            return _start_chains(kernel, key, positions, np.float32(0), masses, steps, lengths, terms)
-        positions, masses = np.tile(start, (num_chains, 1)), np.tile(mass, (num_chains, 1))
+            return _start_chains(
+                kernel, key, np.float32(0), _warm_start(control.warm_start, num_chains, len(start)), terms
+            )
+        positions, scales = np.tile(start, (num_chains, 1)), np.tile(np.sqrt(mass), (num_chains, 1))
         steps = np.full(num_chains, 0.25 * math.sqrt(len(start)), np.float32)
-        arguments = (kernel, key, positions, np.float32(self.jitter), masses, steps, 4 * steps, terms)
+        first = _Start(positions, scales, np.ones_like(scales), steps, 4 * steps)
+        arguments = (kernel, key, np.float32(self.jitter), first, terms)
         if control.checkpoint is not None and control.checkpoint.load() is not None:
             return _start_chains(*arguments)
         states = _tuned_chains(*arguments)
@@ -162,11 +164,25 @@ class Kernel:
     diagonal: bool
 
 
+class _Start(NamedTuple):
+    """What chains start from, each with a leading chain axis."""
+
+    position: Any
+    scale: Any
+    inverse_mass: Any
+    step_size: Any
+    L: Any
+
+
 class ChainState(NamedTuple):
-    """One chain between two draws: BlackJAX's own state, the random key, and what tuning has found."""
+    """One chain between two draws: BlackJAX's own state, the random key, and what tuning has found.
+
+    BlackJAX sees positions divided by ``scale``: its tuners assume spreads of about one at the start.
+    """
 
     inner: Any
     key: Any
+    scale: Any
     L: Any
     step_size: Any
     inverse_mass: Any
@@ -212,7 +228,7 @@ def _judging_full_draws(control: RunControl, form: CollapsedForm, key, terms) ->
     return dataclasses.replace(control, is_enough=lambda x: is_enough(_completed(form, key, x, terms)))
 
 
-def _warm_start(adaptation: dict[str, Any], num_chains: int, size: int):
+def _warm_start(adaptation: dict[str, Any], num_chains: int, size: int) -> _Start:
     """Positions, scales, step sizes and decoherence lengths of an earlier run, its chains reused in turn."""
     if "L" not in adaptation or adaptation["position"].shape[1] != size:
         raise OptionError(
@@ -220,7 +236,7 @@ def _warm_start(adaptation: dict[str, Any], num_chains: int, size: int):
             "Fit without warm_start."
         )
     chains = np.arange(num_chains) % len(adaptation["position"])
-    return tuple(adaptation[name][chains] for name in ("position", "inverse_mass", "step_size", "L"))
+    return _Start(*(adaptation[name][chains] for name in _Start._fields))
 
 
 def _require_tuned(states: ChainState, kernel: Kernel) -> None:
@@ -257,23 +273,28 @@ def _inner(kernel: Kernel, key, position, log_prob):
     return blackjax.mclmc.init(position, log_prob, key)
 
 
-def _start(kernel: Kernel, key, chain, jitter, terms) -> ChainState:
+def _log_prob(kernel: Kernel, scale, terms):
+    return lambda scaled: kernel.form(scaled * scale, terms)
+
+
+def _first_state(kernel: Kernel, key, index, first: _Start, jitter, terms) -> ChainState:
     """A chain before tuning; chain c depends on the seed and c alone."""
-    index, position, mass, step_size, length = chain
     key_jitter, key_inner, key_run = jax.random.split(jax.random.fold_in(key, index), 3)
-    position = position + jitter * kernel.form.position_scale(terms) * jax.random.normal(key_jitter, position.shape)
-    inner = _inner(kernel, key_inner, position, lambda x: kernel.form(x, terms))
-    return ChainState(inner, key_run, length, step_size, mass, jnp.int32(0), jnp.bool_(False))
+    moved = jitter * kernel.form.position_scale(terms) * jax.random.normal(key_jitter, first.position.shape)
+    inner = _inner(kernel, key_inner, (first.position + moved) / first.scale, _log_prob(kernel, first.scale, terms))
+    return ChainState(
+        inner, key_run, first.scale, first.L, first.step_size, first.inverse_mass, jnp.int32(0), jnp.bool_(False)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _start_chains(kernel: Kernel, key, positions, jitter, masses, steps, lengths, terms) -> ChainState:
-    chains = (jnp.arange(len(positions)), positions, masses, steps, lengths)
-    return map_chains(lambda chain: _start(kernel, key, chain, jitter, terms), chains)
+def _start_chains(kernel: Kernel, key, jitter, first: _Start, terms) -> ChainState:
+    indices = jnp.arange(len(first.position))
+    return map_chains(lambda chain: _first_state(kernel, key, *chain, jitter, terms), (indices, first))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _tuned_chains(kernel: Kernel, key, positions, jitter, masses, steps, lengths, terms) -> ChainState:
+def _tuned_chains(kernel: Kernel, key, jitter, first: _Start, terms) -> ChainState:
     """Chains with step size, decoherence length and scales tuned, at the end of their tuning run.
 
     BlackJAX's tuner goes on over non-finite and frozen runs in silence. Such a
@@ -281,7 +302,7 @@ def _tuned_chains(kernel: Kernel, key, positions, jitter, masses, steps, lengths
     """
 
     def one(chain):
-        first = _start(kernel, key, chain, jitter, terms)
+        first = _first_state(kernel, key, *chain, jitter, terms)
 
         def attempt(state: ChainState) -> ChainState:
             key_next, key_tune = jax.random.split(state.key)
@@ -294,7 +315,7 @@ def _tuned_chains(kernel: Kernel, key, positions, jitter, masses, steps, lengths
 
         return jax.lax.while_loop(lambda s: ~s.tuned & (s.attempts < MAX_ATTEMPTS), attempt, first)
 
-    return map_chains(one, (jnp.arange(len(positions)), positions, masses, steps, lengths))
+    return map_chains(one, (jnp.arange(len(first.position)), first))
 
 
 def _is_tuned(kernel: Kernel, state: ChainState, first_step):
@@ -314,7 +335,7 @@ def _tune(kernel: Kernel, key, state: ChainState, terms) -> ChainState:
         "num_steps": kernel.num_tuning,
         "state": state.inner,
         "rng_key": key,
-        "logdensity_fn": lambda x: kernel.form(x, terms),
+        "logdensity_fn": _log_prob(kernel, state.scale, terms),
         "diagonal_preconditioning": kernel.diagonal,
         "params": from_,
     }
@@ -344,7 +365,7 @@ def _run_chunk(kernel: Kernel, states: ChainState, terms, num_steps):
             state, positions, reports = carry
             state, new = _draw(kernel, state, terms)
             reports = jax.tree.map(lambda all_, one: all_.at[i].set(one), reports, new)
-            return state, positions.at[i].set(state.inner.position), reports
+            return state, positions.at[i].set(state.inner.position * state.scale), reports
 
         return jax.lax.fori_loop(0, num_steps, body, (state, jnp.zeros((CHUNK, size)), reports))
 
@@ -355,10 +376,7 @@ def _draw(kernel: Kernel, state: ChainState, terms) -> tuple[ChainState, dict[st
     """All transitions of one stored draw, and their joint report."""
     key_next, key_draw = jax.random.split(state.key)
     transition = _transition(kernel.adjusted, kernel.energy_var)
-    dim = state.inner.position.shape[-1]
-
-    def log_prob(x):
-        return kernel.form(x, terms)
+    dim, log_prob = state.inner.position.shape[-1], _log_prob(kernel, state.scale, terms)
 
     def adjusted(inner, key):
         average = state.L / state.step_size

@@ -19,7 +19,7 @@ from .._typing import Key
 from ..errors import OptionError
 from ..log_density import Form, LogDensity
 from ..posterior import Posterior
-from ._driver import CHUNK, advance, map_chains
+from ._driver import CHUNK, advance, map_chains, replicate, spread_chains
 from .base import Engine, RunControl
 from .curvature import inverse_mass
 
@@ -27,6 +27,9 @@ DENSE_MASS_LIMIT = 100
 """Largest position for which ``dense_mass="auto"`` estimates a full covariance."""
 
 CHAIN_METHODS = ("vectorized", "parallel", "sequential")
+SHORTEST_MASS_WARMUP = 150
+"""A warm start keeps the mass matrix it was given in a warm-up shorter than this, too short to estimate a better one."""
+
 _STATS = ("diverging", "num_steps", "accept_prob", "energy", "potential_energy")
 
 
@@ -41,8 +44,8 @@ class NUTS(Engine):
     dense_mass : full (True), diagonal (False) mass matrix, or ``"auto"``: full up to 100 dimensions.
     initial_mass : where the mass matrix starts: ``"curvature"``, the Fisher information at the trained
         weights, or ``"identity"``.
-    chain_method : ``"vectorized"`` (all chains in one program), ``"parallel"`` (one chain per device)
-        or ``"sequential"``.
+    chain_method : ``"vectorized"`` (all chains in one program), ``"parallel"`` (chains spread over the devices)
+        or ``"sequential"``. On CPUs the draws are the same in each.
     jitter : chains start at the trained weights plus this many prior standard deviations of noise.
     """
 
@@ -75,7 +78,8 @@ class NUTS(Engine):
     ) -> Posterior:
         started = time.perf_counter()
         dense = log_density.size <= DENSE_MASS_LIMIT if self.dense_mass == "auto" else bool(self.dense_mass)
-        kernel = Kernel(log_density.form, num_warmup, self.target_accept, self.max_tree_depth, dense)
+        adapt_mass = control.warm_start is None or num_warmup >= SHORTEST_MASS_WARMUP
+        kernel = Kernel(log_density.form, num_warmup, self.target_accept, self.max_tree_depth, dense, adapt_mass)
         groups = self._groups(kernel, key, np.asarray(start, np.float32), log_density.terms, num_chains, control)
         outcome = advance(groups, num_warmup, num_samples, control)
         adapted = [group.state.adapt_state for group in groups]
@@ -108,16 +112,17 @@ class NUTS(Engine):
         states = _start_chains(kernel, key_chains, positions, jitter, step, mass, terms)
         if self.chain_method == "vectorized" or num_chains == 1:
             return [_Group(kernel, states, terms)]
-        single = [jax.tree.map(lambda leaf, c=c: leaf[c : c + 1], states) for c in range(num_chains)]
         if self.chain_method == "sequential":
-            return [_Group(kernel, state, terms) for state in single]
-        devices = jax.local_devices()
+            return [_Group(kernel, _chains(states, c, c + 1), terms) for c in range(num_chains)]
+        devices = tuple(jax.local_devices()[:num_chains])
         if len(devices) < 2:
             raise OptionError(
                 f"chain_method='parallel' needs more than one device, and JAX sees {len(devices)}. Use "
                 "chain_method='vectorized', or call jax.config.update('jax_num_cpu_devices', N) before JAX is used."
             )
-        placed = [jax.device_put((state, terms), devices[c % len(devices)]) for c, state in enumerate(single)]
+        ends = [round(num_chains * (i + 1) / len(devices)) for i in range(len(devices))]
+        shares = zip([0, *ends], ends, devices, strict=False)
+        placed = [jax.device_put((_chains(states, first, end), terms), device) for first, end, device in shares]
         return [_Group(kernel, state, moved) for state, moved in placed]
 
 
@@ -130,22 +135,28 @@ class Kernel:
     target_accept: float
     max_tree_depth: int
     dense_mass: bool
+    adapt_mass: bool = True
 
 
 class _Group:
-    """Chains that advance together."""
+    """Chains that advance together, on one device or in equal shares on several."""
 
-    def __init__(self, kernel: Kernel, state: Any, terms: Any):
-        self.kernel, self.state, self.terms = kernel, state, terms
+    def __init__(self, kernel: Kernel, state: Any, terms: Any, devices: tuple[Any, ...] = ()):
+        self.kernel, self.state, self.devices = kernel, state, devices
+        self.terms = replicate(terms, devices)
 
     def dispatch(self, num_steps: int, sampling: bool) -> Any:
-        return _run_chunk(self.kernel, self.state, self.terms, np.int32(num_steps))
+        return _run_chunk(self.kernel, self.devices, self.state, self.terms, np.int32(num_steps))
 
     def is_healthy(self, state: Any) -> bool:
         return bool(np.all(np.isfinite(np.asarray(state.potential_energy))))
 
 
 _split = jax.jit(jax.random.split)
+
+
+def _chains(states: Any, first: int, end: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[first:end], states)
 
 
 def _initial_mass(kernel: Kernel, key: Key, start: np.ndarray, terms: Any, choice: str) -> np.ndarray:
@@ -158,10 +169,11 @@ def _initial_mass(kernel: Kernel, key: Key, start: np.ndarray, terms: Any, choic
 def _warm_start(adaptation: dict[str, Any], num_chains: int, size: int, dense: bool):
     """Positions, mass matrices and step sizes of an earlier run, its chains reused in turn."""
     shape = (size, size) if dense else (size,)
-    if adaptation["inverse_mass"].shape[1:] != shape:
+    found = adaptation["inverse_mass"].shape[1:] if "inverse_mass" in adaptation else None
+    if found != shape:
         raise OptionError(
-            f"warm_start comes from a run with a mass matrix of shape {adaptation['inverse_mass'].shape[1:]}, and this "
-            f"one needs {shape}: the Bayesian weights or dense_mass differ. Fit without warm_start."
+            f"warm_start comes from a run with a mass matrix of shape {found}, and this one needs {shape}: the engine, "
+            "the Bayesian weights or dense_mass differ. Fit without warm_start."
         )
     chains = np.arange(num_chains) % len(adaptation["position"])
     return tuple(adaptation[name][chains] for name in ("position", "inverse_mass", "step_size"))
@@ -183,6 +195,7 @@ def _init(kernel: Kernel, key, position, step_size, mass, terms):
         dense_mass=kernel.dense_mass,
         target_accept_prob=kernel.target_accept,
         max_tree_depth=kernel.max_tree_depth,
+        adapt_mass_matrix=kernel.adapt_mass,
         trajectory_length=None,  # pyright: ignore[reportArgumentType] - NUTS takes none
         step_size=step_size,
         inverse_mass_matrix=mass,
@@ -204,9 +217,13 @@ def _start_chains(kernel: Kernel, key, positions, jitter, step_sizes, masses, te
     return map_chains(one, (jnp.arange(len(positions)), positions, step_sizes, masses))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _run_chunk(kernel: Kernel, states, terms, num_steps):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_chunk(kernel: Kernel, devices: tuple, states, terms, num_steps):
     """``num_steps <= CHUNK`` iterations of each chain: (states, positions, reports), padded to CHUNK."""
+    return spread_chains(functools.partial(_chunk, kernel), devices)(states, terms, num_steps)
+
+
+def _chunk(kernel: Kernel, states, terms, num_steps):
     _, sample = _numpyro_kernel(kernel)
     # Sets up what NumPyro keeps in the closure of its kernel, should this trace come first in a process.
     one_state = jax.tree.map(lambda leaf: leaf[0], states)

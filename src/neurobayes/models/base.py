@@ -15,7 +15,8 @@ from ..errors import DataError, OptionError
 from ..network_info import DATA_SCORES, NetworkInfo
 from ..networks import as_network
 from ..networks.base import Network
-from ..training import Rows, TrainingStatistics
+from ..training import Rows
+from ..weight_statistics import TrainingStatistics
 
 
 @jax.tree_util.register_pytree_with_keys_class

@@ -15,6 +15,7 @@ from ..likelihoods import Categorical, Gaussian, Likelihood, RowLoss
 from ..network_info import NetworkInfo
 from ..predictive import deterministic_outputs
 from ..pretraining import default_batch_size
+from ..weight_statistics import TrainingStatistics
 from .base import (
     InputTemplate,
     Prepared,
@@ -259,7 +260,7 @@ class DeterministicNN:
         return self._require_trained().result.progress
 
     @property
-    def training_statistics(self) -> training.TrainingStatistics | None:
+    def training_statistics(self) -> TrainingStatistics | None:
         """Per-weight variance and mean absolute gradient over the second half of training, if tracked."""
         return self._require_trained().result.statistics
 

@@ -159,6 +159,8 @@ def run(plan: Plan, key: Key, options: PretrainingOptions, sampling: Sampling, r
         partition = _choose(plan, jax.random.fold_in(key_train, 1), params, state, pretrained)
     else:
         partition = plan.warm.source.partition
+    if checkpoint is not None:
+        resuming.check_choice(checkpoint, partition)
     density, start = _density(plan, partition, params, state, pretrained)
     source = Source(plan.network, partition, params, state, np.zeros((0, partition.size)), np.zeros((0, 0)))
     posterior = sample(

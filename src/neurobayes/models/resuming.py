@@ -1,6 +1,7 @@
 """What a killed fit finds again: the identity of a run, and its trained weights on disk."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -9,11 +10,17 @@ import numpy as np
 from .. import trees
 from .._typing import Key, Params, State
 from ..checkpoint import Checkpoint, fingerprint
+from ..errors import CheckpointError
+from ..partition import Partition
 from ..pretraining import Pretrained, PretrainingOptions
 from ..regularisation import Regularisation
-from ..training import TrainingStatistics
+from ..subspaces import RandomPart
+from ..weight_statistics import TrainingStatistics
 
 _NAME = "trained"
+_CHOICE = "choice"
+_STEPS = (0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)
+_STATISTICS = ("weight_variance", "mean_abs_gradient", "averaged_variance")
 
 
 def run_identity(plan: Any, key: Key, options: PretrainingOptions, sampling: Any) -> str:
@@ -21,15 +28,45 @@ def run_identity(plan: Any, key: Key, options: PretrainingOptions, sampling: Any
 
     The number of draws is left out, so that a finished run can be extended.
     """
-    prepared = plan.prepared
-    rate = options.learning_rate
+    prepared, warm = plan.prepared, plan.warm
     plain = dataclasses.replace(options, learning_rate=None)
     return fingerprint(
-        prepared.rows, plan.weights, _parameters(plan.noise_prior), type(plan.noise_prior).__name__,
-        sorted(trees.shapes(plan.template).items()), type(plan.network).__name__, repr(plan.choice),
-        repr(plan.select_config), plan.prior_mean, repr(plan.priors_sigma), repr(plain),
-        getattr(rate, "__qualname__", repr(rate)), repr(sampling.engine), sampling.num_warmup, sampling.num_chains, key,
+        prepared.rows, prepared.scaling.to_dict(), plan.weights, _parameters(plan.noise_prior),
+        type(plan.noise_prior).__name__, sorted(trees.shapes(plan.template).items()), _computation(plan),
+        plan.choice, plan.select_config, plan.prior_mean, repr(plan.priors_sigma), repr(plain),
+        _rate(options.learning_rate), repr(sampling.engine), sampling.num_warmup, sampling.num_chains, key,
+        None if warm is None else (_choice_made(warm.source.partition), warm.posterior.adaptation),
     )  # fmt: skip
+
+
+def check_choice(checkpoint: Checkpoint, partition: RandomPart) -> None:
+    """Hold a run to the Bayesian weights it began with: a choice by arrays does not show in its text."""
+    digest = fingerprint(_choice_made(partition))
+    known = checkpoint.facts(_CHOICE).get("digest")
+    if known is None:
+        checkpoint.keep(_CHOICE, {}, digest=digest)
+    elif known != digest:
+        raise CheckpointError(
+            f"checkpoint_dir={str(checkpoint.folder)!r} belongs to a run with other Bayesian weights. Give each run a "
+            "folder of its own, or delete this one."
+        )
+
+
+def _choice_made(partition: RandomPart) -> Any:
+    return partition.masks() if isinstance(partition, Partition) else partition
+
+
+def _computation(plan: Any) -> str:
+    """What the network computes, operation by operation: two with weights of equal shapes may differ in activation."""
+    network, x = plan.network, plan.prepared.rows.x
+    row = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+    params, state = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), row)
+    return re.sub(r" at 0x[0-9a-f]+", "", str(jax.make_jaxpr(network.apply)(params, state, row)))
+
+
+def _rate(rate: Any) -> Any:
+    """A learning rate, or a schedule's values at some steps: all schedules of one kind bear the same name."""
+    return np.array([float(rate(step)) for step in _STEPS]) if callable(rate) else repr(rate)
 
 
 def _parameters(distribution: Any) -> list[np.ndarray]:
@@ -45,8 +82,8 @@ def save_trained(checkpoint: Checkpoint, pretrained: Pretrained) -> None:
         arrays |= {f"{group}.{i:05d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
     facts: dict[str, Any] = {"sigma": pretrained.sigma, "num_epochs": pretrained.num_epochs}
     if pretrained.statistics is not None:
-        facts["num_steps"] = pretrained.statistics.num_steps
-        for group in ("weight_variance", "mean_abs_gradient"):
+        facts["num_steps"] = int(pretrained.statistics.num_steps)
+        for group in _STATISTICS:
             leaves = jax.tree.leaves(getattr(pretrained.statistics, group))
             arrays |= {f"{group}.{i:05d}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
     if pretrained.search is not None:
@@ -70,9 +107,8 @@ def load_trained(checkpoint: Checkpoint, template: Params, state_template: State
 
     statistics = search = None
     if "num_steps" in facts:
-        statistics = TrainingStatistics(
-            tree("weight_variance", template), tree("mean_abs_gradient", template), facts["num_steps"]
-        )
+        kept_statistics = {name: tree(name, template) for name in _STATISTICS if f"{name}.00000" in arrays}
+        statistics = TrainingStatistics(num_steps=facts["num_steps"], **kept_statistics)
     if "search" in facts:
         kept = dict(facts["search"])
         rmse = kept.pop("unseen_rmse")

@@ -43,13 +43,15 @@ class Until:
         found: dict[str, float] = {}
         parts = str(text).split(" and ") if isinstance(text, str) else []
         for part in parts:
-            match = re.fullmatch(r"\s*(?:(ess)\s*>=?|(r_hat)\s*<=?)\s*([0-9.]+)\s*", part)
+            match = re.fullmatch(r"\s*(?:(ess)\s*>=?|(r_hat)\s*<=?)\s*([0-9]+(?:\.[0-9]+)?)\s*", part)
             if match is None:
                 parts = []
                 break
             found[match[1] or match[2]] = float(match[3])
         if not parts:
             raise OptionError(f"until={text!r} is not understood. Write 'ess>400', 'r_hat<1.01', or both with ' and '.")
+        if found.get("r_hat", np.inf) <= 1:
+            raise OptionError(f"until={text!r} cannot be met: R-hat of perfect draws is 1. Write 'r_hat<1.01'.")
         return cls(**found)
 
     def holds(self, quantities: np.ndarray) -> bool:
@@ -57,7 +59,7 @@ class Until:
         varying = quantities[..., np.ptp(quantities, axis=(0, 1)) > 0]
         if varying.shape[-1] == 0 or varying.shape[1] < 4:
             return False
-        if effective_sample_size(varying).min() <= self.ess:
+        if not effective_sample_size(varying).min() > self.ess:  # also when it is not a number
             return False
         return bool(np.isinf(self.r_hat) or split_r_hat(varying).max() < self.r_hat)
 

@@ -1,0 +1,117 @@
+"""Fits as ArviZ data trees, for its plots, for leave-one-out cross-validation and for comparing models.
+
+Vehtari, Gelman & Gabry (2017), "Practical Bayesian model evaluation using leave-one-out cross-validation and
+WAIC", Statistics and Computing 27, doi:10.1007/s11222-016-9696-4.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import _checks, predictive
+from .errors import DataError, OptionError
+from .models.partial_bnn import PartialBNN
+
+if TYPE_CHECKING:
+    from xarray import DataTree
+
+_STAT_NAMES = {"num_steps": "n_steps", "accept_prob": "acceptance_rate"}
+"""Sampler reports whose usual names in ArviZ differ from ours."""
+
+
+def to_arviz(model: PartialBNN, X: Any = None, y: Any = None, *, seed: int | None = None) -> "DataTree":
+    """A fitted model as an ArviZ ``DataTree``; everything is in the user's units.
+
+    A model keeps no data, so whatever depends on rows needs them here; leave-one-out cross-validation needs the
+    training rows.
+
+    Parameters
+    ----------
+    model : a fitted model.
+    X : (n, …) rows to predict, None for none.
+    y : (n,) or (n, d) targets of these rows, or (n,) labels, None for none.
+    seed : chooses the draws of new observations.
+
+    Returns
+    -------
+    Groups ``posterior`` (weights by leaf, ``Dense1.kernel``, and ``noise_std``) and ``sample_stats``; with X also
+    ``posterior_predictive``; with y too ``log_likelihood`` (nats per row, chain and draw) and ``observed_data``.
+
+    Raises
+    ------
+    OptionError
+        ``y`` without ``X``.
+    DataError
+        X or y do not fit the model.
+
+    Examples
+    --------
+    >>> import neurobayes as nb
+    >>> data = nb.datasets.friedman(40, seed=0)
+    >>> model = nb.PartialBNN(nb.FlaxMLP([4], 1)).fit(data.X, data.y, num_samples=100, sgd_epochs=10, map_sigma=1.0)
+    >>> tree = nb.to_arviz(model, data.X, data.y)
+    >>> sorted(tree.children)
+    ['log_likelihood', 'observed_data', 'posterior', 'posterior_predictive', 'sample_stats']
+    """
+    try:
+        import arviz_base
+    except ImportError as error:
+        raise ImportError("to_arviz needs arviz-base. Install it with: pip install 'neurobayes[arviz]'") from error
+
+    if y is not None and X is None:
+        raise OptionError("to_arviz(model, y=...) needs X too, the inputs of the same rows.")
+    groups: dict[str, dict[str, np.ndarray]] = {
+        "posterior": model.get_samples(chain_dim=True),
+        "sample_stats": _sample_stats(model),
+    }
+    dims: dict[str, list[str]] = {}
+    if X is not None:
+        groups |= _by_row(model, X, y, seed)
+        dims["y"] = ["row", "output"][: np.ndim(groups["posterior_predictive"]["y"]) - 2]
+    return arviz_base.from_dict(groups, dims=dims, attrs={"/": {"inference_library": "neurobayes"}})
+
+
+def _sample_stats(model: PartialBNN) -> dict[str, np.ndarray]:
+    stats = {_STAT_NAMES.get(name, name): values for name, values in model.posterior.stats.items()}
+    if "potential_energy" in stats:
+        stats["lp"] = -stats.pop("potential_energy")
+    return stats
+
+
+def _by_row(model: PartialBNN, X: Any, y: Any, seed: int | None) -> dict[str, dict[str, np.ndarray]]:
+    """The groups that depend on rows, each variable ``(chain, draw, row, …)``."""
+    fitted, x = model._inputs(X)
+    source, lead = fitted.source, fitted.posterior.draws.shape[:2]
+    outputs = predictive.function_draws(source, x, source.theta).astype(float)
+    generator = np.random.default_rng(seed or 0)
+    if model.is_regression:
+        mean = fitted.scaling.mean_to_user(outputs)
+        noise_std = (source.noise_std * fitted.scaling.y_std)[:, None, :]
+        new = mean + noise_std * generator.standard_normal(mean.shape)
+        new = new[..., 0] if fitted.target_ndim == 1 else new
+    else:
+        log_probabilities = _log_softmax(outputs)
+        gumbel = generator.gumbel(size=outputs.shape)
+        new = np.argmax(log_probabilities + gumbel, axis=-1)
+    groups = {"posterior_predictive": {"y": new.reshape(*lead, *new.shape[1:])}}
+    if y is None:
+        return groups
+    if model.is_regression:
+        observed = _checks.as_targets(y, len(x), training=False)
+        columns = observed.reshape(len(x), -1)
+        if columns.shape[1] != mean.shape[-1]:
+            raise DataError(f"y has {columns.shape[1]} columns, and the model was fitted to {mean.shape[-1]}.")
+        scaled = (columns - mean) / noise_std
+        log_likelihood = -np.sum(0.5 * scaled**2 + np.log(noise_std) + 0.5 * np.log(2 * np.pi), axis=-1)
+    else:
+        observed = _checks.as_class_labels(y, len(x), outputs.shape[-1], training=False)
+        log_likelihood = log_probabilities[:, np.arange(len(x)), observed]
+    shaped = observed[:, 0] if fitted.target_ndim == 1 and observed.ndim == 2 else observed
+    groups["log_likelihood"] = {"y": log_likelihood.reshape(*lead, -1)}
+    groups["observed_data"] = {"y": shaped}
+    return groups
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

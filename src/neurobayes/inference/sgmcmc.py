@@ -1,0 +1,405 @@
+"""Stochastic-gradient Langevin dynamics and Hamiltonian Monte Carlo over mini-batches, with BlackJAX's integrators.
+
+Welling & Teh (2011); Chen, Fox & Guestrin (2014); cyclical step sizes: Zhang,
+Li, Zhang, Chen & Wilson (2020), "Cyclical Stochastic Gradient MCMC", ICLR.
+
+Every step follows an unbiased estimate of the gradient of the full log joint
+density, ``log p(theta, noise) + N / B * sum over B rows``, and adds the noise
+that makes the posterior itself, at temperature 1, the stationary distribution
+as the step size goes to zero. There is no accept step: the discretisation and
+the noise of the estimate widen the draws. Where the log density has curvature
+``c``, the variance of SGLD is too large by a share of about
+``step_size * c * (1 + N / B) / 2``.
+
+Steps are taken in coordinates scaled by the curvature at the trained weights,
+where every weight has a spread of about one: the same step size suits all.
+"""
+
+import dataclasses
+import functools
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import _checks
+from .._typing import Array, Key
+from ..errors import OptionError
+from ..hoisting import Hoisted
+from ..log_density import Form, LogDensity, Terms
+from ..posterior import Posterior
+from ..row_blocks import Recomputed
+from . import _blackjax
+from ._driver import CHUNK, advance, map_chains
+from .base import Engine, RunControl
+from .curvature import NUM_PROBES, inverse_mass, simulated_scores
+
+METHODS = ("sgld", "sghmc")
+SCHEDULES = ("cyclical", "constant", "decreasing")
+DECAY_STEPS = 1000
+"""Steps after which a decreasing step size has fallen to 0.8 of its first value; the exponent is -1/3."""
+
+WIDENING = 0.1
+"""Share by which the default step size widens the variance in the narrowest direction."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SGMCMC(Engine):
+    """Langevin dynamics on mini-batches of the rows: for data too large for full gradients.
+
+    Parameters
+    ----------
+    method : ``"sgld"`` (overdamped) or ``"sghmc"`` (with momentum and friction).
+    schedule : ``"cyclical"``: the step size falls from twice ``step_size`` to zero along a cosine, again and again;
+        the first part of each cycle explores and stores nothing. ``"constant"``, or ``"decreasing"`` with the power
+        -1/3 of the number of steps.
+    batch_size : rows per gradient, drawn with replacement; all rows, without any noise, where there are fewer.
+    step_size : in units of the posterior spread of a weight; None for the one that widens the variance in the
+        narrowest direction by about a tenth, and others by less.
+    thinning : steps per stored draw, and per iteration of warm-up.
+    friction : decay rate of the momentum of ``"sghmc"``.
+    cycle_draws : stored draws per cycle.
+    exploration : the share of a cycle's steps that explores: without noise in its first half, and with it in the
+        second, so that what is stored afterwards is not too near the mode.
+    temperature : 1 targets the posterior; less, a sharper ("cold") one.
+    jitter : chains start at the trained weights plus this many prior standard deviations of noise.
+    """
+
+    method: str = "sgld"
+    schedule: str = "cyclical"
+    batch_size: int = 256
+    step_size: float | None = None
+    thinning: int = 50
+    friction: float = 1.0
+    cycle_draws: int = 50
+    exploration: float = 0.5
+    temperature: float = 1.0
+    jitter: float = 0.05
+
+    def __post_init__(self) -> None:
+        _checks.check_one_of("method", self.method, METHODS)
+        _checks.check_one_of("schedule", self.schedule, SCHEDULES)
+        for name in ("batch_size", "thinning", "cycle_draws"):
+            _checks.check_positive_int(name, getattr(self, name))
+        for name in ("friction", "temperature"):
+            _checks.check_positive(name, getattr(self, name))
+        if self.step_size is not None:
+            _checks.check_positive("step_size", self.step_size)
+        _checks.check_fraction("exploration", self.exploration, allow_zero=True)
+        _checks.check_positive("jitter", self.jitter, allow_zero=True)
+
+    def run(
+        self,
+        key: Key,
+        log_density: LogDensity,
+        start: np.ndarray,
+        *,
+        num_warmup: int,
+        num_samples: int,
+        num_chains: int = 1,
+        control: RunControl = RunControl(),  # noqa: B008 - frozen
+    ) -> Posterior:
+        started = time.perf_counter()
+        _blackjax.load("engine='sgmcmc'")
+        terms, start = log_density.terms, np.asarray(start, np.float32)
+        real = np.asarray(terms.row_weights) > 0
+        data = _Data(terms, np.argsort(~real, kind="stable").astype(np.int32), np.float32(real.sum()))
+        batches = make_batches(log_density, self.batch_size)
+        kernel = Kernel(batches, self.method, self.schedule, self.thinning, self.cycle_draws, self.exploration,
+                        self.friction, self.temperature)  # fmt: skip
+        key_scale, key_chains = _split(key)
+        scale, curvature = (np.asarray(a) for a in _scale_and_curvature(log_density.form, key_scale, start, terms))
+        positions, jitter = np.tile(start, (num_chains, 1)), np.float32(self.jitter)
+        if control.warm_start:
+            positions, scale = _warm_start(control.warm_start, num_chains, len(start))
+            jitter = np.float32(0)
+        step_size = self._step_size(float(curvature), batches.size, int(real.sum()))
+        states = _start_chains(kernel, key_chains, positions, jitter, scale, np.float32(step_size), terms)
+        group = _Group(kernel, states, data)
+        outcome = advance([group], num_warmup, num_samples, control)
+        state = group.state
+        adaptation = {"position": np.asarray(state.scaled) * np.asarray(state.scale), "scale": np.asarray(state.scale)}
+        info = {
+            "engine": "sgmcmc",
+            "method": self.method,
+            "schedule": self.schedule,
+            "batch_size": batches.size,
+            "step_size": step_size,
+            "temperature": self.temperature,
+            "num_warmup": num_warmup,
+            "ended_by": outcome.ended_by,
+            "seconds": time.perf_counter() - started,
+        }
+        return Posterior(outcome.draws, outcome.stats, info, adaptation)
+
+    def _step_size(self, curvature: float, batch_size: int, num_real: int) -> float:
+        """The step size given, or that at which the terms of the widening add up to ``WIDENING`` at most."""
+        if self.step_size is not None:
+            return self.step_size
+        noise = num_real / batch_size if batch_size < num_real else 0.0
+        if self.method == "sgld":
+            return 2.0 * WIDENING / (curvature * (1.0 + noise))
+        by_friction = self.friction + curvature * noise / self.friction
+        return 2.0 * WIDENING / (by_friction + (WIDENING * curvature) ** 0.5)
+
+
+# --- mini-batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """The log joint density estimated from some of the rows.
+
+    ``axes`` says for every array the frozen part leaves behind which of its axes follows the rows, None for none.
+    """
+
+    form: Form
+    size: int
+    num_rows: int
+    part: Hoisted | None
+    axes: tuple[int | None, ...]
+
+    def log_prob(self, position: Array, key: Key, data: "_Data") -> Array:
+        """An unbiased estimate from rows drawn with ``key``; the exact value where a batch holds all rows."""
+        terms, form = data.terms, self.form
+        if self.size == self.num_rows:
+            return form(position, terms)
+        # Padded rows are last in ``order`` and are never drawn.
+        drawn = jnp.floor(jax.random.uniform(key, (self.size,)) * data.num_real).astype(jnp.int32)
+        rows = jnp.asarray(data.order)[jnp.minimum(drawn, jnp.int32(data.num_real) - 1)]
+        outputs = self.outputs(position[: form.num_theta], terms.carry, rows)
+        noise_std = form.noise_std(position, terms.noise_prior)
+        each = form.likelihood.log_prob(outputs, jnp.asarray(terms.y)[rows], noise_std)
+        weighted = jnp.sum(jnp.asarray(terms.row_weights)[rows] * each)
+        return form.log_prior(position, terms) + data.num_real / self.size * weighted
+
+    def outputs(self, theta: Array, carry: Any, rows: Array) -> Array:
+        """The network's outputs for the chosen training rows."""
+        hoisted = self.form.hoisted
+        if isinstance(hoisted, Recomputed):
+            partition, params, state = jax.tree.unflatten(hoisted.tree, carry[:-1])
+            x = carry[-1].reshape(-1, *carry[-1].shape[2:])[rows]
+            return hoisted.network.apply(partition.merge(theta, params), state, x)
+        assert self.part is not None
+        pairs = zip(carry, self.axes, strict=True)
+        return self.part.late(theta, [a if axis is None else jnp.take(a, rows, axis=axis) for a, axis in pairs])
+
+
+def make_batches(log_density: LogDensity, batch_size: int) -> Batches:
+    """Batches of ``batch_size`` rows of the density's data.
+
+    Raises
+    ------
+    OptionError
+        Where what the frozen part leaves behind cannot be cut into rows.
+    """
+    form, hoisted = log_density.form, log_density.form.hoisted
+    num_rows = len(log_density.terms.row_weights)
+    size = min(batch_size, num_rows)
+    if size == num_rows or isinstance(hoisted, Recomputed):
+        return Batches(form, size, num_rows, None, ())
+    part = hoisted.resized(size)
+    if len(part.carry_avals) != len(hoisted.carry_avals):
+        raise _cannot_split(batch_size)
+    pairs = zip(part.carry_avals, hoisted.carry_avals, strict=True)
+    return Batches(form, size, num_rows, part, tuple(_row_axis(a, b, size, num_rows, batch_size) for a, b in pairs))
+
+
+def _row_axis(part: Any, whole: Any, size: int, num_rows: int, batch_size: int) -> int | None:
+    if part.ndim != whole.ndim:
+        raise _cannot_split(batch_size)
+    axes = [axis for axis, (a, b) in enumerate(zip(part.shape, whole.shape, strict=True)) if a != b]
+    if not axes:
+        return None
+    if len(axes) > 1 or (part.shape[axes[0]], whole.shape[axes[0]]) != (size, num_rows):
+        raise _cannot_split(batch_size)
+    return axes[0]
+
+
+def _cannot_split(batch_size: int) -> OptionError:
+    return OptionError(
+        f"batch_size={batch_size} cannot be used: the network mixes its rows before the Bayesian weights enter, so "
+        "its intermediate results cannot be cut into rows. Use engine='nuts', or a batch_size of all rows."
+    )
+
+
+class _Data(NamedTuple):
+    """What a compiled step reads: the density's terms, the real rows before the padded ones, and their number."""
+
+    terms: Terms
+    order: Any
+    num_real: Any
+
+
+# --- chains
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """The static part of a run: equal kernels share compiled programs."""
+
+    batches: Batches
+    method: str
+    schedule: str
+    thinning: int
+    cycle_draws: int
+    exploration: float
+    friction: float
+    temperature: float
+
+    @property
+    def exploring_steps(self) -> int:
+        """Steps at the start of a cycle that store nothing."""
+        return round(self.cycle_draws * self.thinning * self.exploration / (1.0 - self.exploration))
+
+    @property
+    def cycle_steps(self) -> int:
+        """Steps of a whole cycle."""
+        return self.exploring_steps + self.cycle_draws * self.thinning
+
+
+class ChainState(NamedTuple):
+    """One chain between two draws; ``scaled`` times ``scale`` is its position."""
+
+    scaled: Any
+    momentum: Any
+    key: Any
+    num_draws: Any
+    scale: Any
+    step_size: Any
+    finite: Any
+
+
+class _Group:
+    """Chains that advance together."""
+
+    def __init__(self, kernel: Kernel, state: ChainState, data: _Data):
+        self.kernel, self.state, self.data = kernel, state, data
+
+    def dispatch(self, num_steps: int, sampling: bool) -> Any:
+        return _run_chunk(self.kernel, self.state, self.data, np.int32(num_steps), np.bool_(sampling))
+
+    def is_healthy(self, state: ChainState) -> bool:
+        return bool(np.all(np.asarray(state.finite)))
+
+
+_split = jax.jit(jax.random.split)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _scale_and_curvature(form: Form, key, position, terms):
+    """Spread of each coordinate by the curvature at ``position``, and the largest curvature in those units."""
+    scale = jnp.sqrt(inverse_mass(form, key, position, terms, False))
+    scores = simulated_scores(form, key, position, terms, NUM_PROBES) * scale
+    return scale, jnp.maximum(jnp.linalg.eigvalsh(scores @ scores.T / NUM_PROBES)[-1], 1.0)
+
+
+def _warm_start(adaptation: dict[str, Any], num_chains: int, size: int):
+    """Positions and scales of an earlier run, its chains reused in turn."""
+    if "scale" not in adaptation or adaptation["position"].shape[1] != size:
+        raise OptionError(
+            "warm_start comes from a run of another engine or with other Bayesian weights. Fit without warm_start."
+        )
+    chains = np.arange(num_chains) % len(adaptation["position"])
+    return adaptation["position"][chains], adaptation["scale"][0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _start_chains(kernel: Kernel, key, positions, jitter, scale, step_size, terms) -> ChainState:
+    """The first state of every chain; chain c depends on the seed and c alone."""
+
+    def one(chain):
+        index, position = chain
+        key_jitter, key_momentum, key_run = jax.random.split(jax.random.fold_in(key, index), 3)
+        spread = kernel.batches.form.position_scale(terms)
+        position = position + jitter * spread * jax.random.normal(key_jitter, position.shape)
+        momentum = jax.random.normal(key_momentum, position.shape)
+        return ChainState(position / scale, momentum, key_run, jnp.int32(0), scale, step_size, jnp.bool_(True))
+
+    return map_chains(one, (jnp.arange(len(positions)), positions))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_chunk(kernel: Kernel, states: ChainState, data: _Data, num_steps, sampling):
+    """``num_steps <= CHUNK`` stored draws of each chain: (states, positions, reports), padded to CHUNK."""
+
+    def one(state):
+        blank = jnp.zeros((CHUNK, state.scaled.shape[-1]), state.scaled.dtype)
+        reports = {
+            "diverging": jnp.zeros(CHUNK, bool), "num_steps": jnp.zeros(CHUNK, jnp.int32),
+            "step_size": jnp.zeros(CHUNK),
+        }  # fmt: skip
+
+        def body(i, carry):
+            state, positions, reports = carry
+            state, new = _draw(kernel, state, data, sampling)
+            reports = {name: values.at[i].set(new[name]) for name, values in reports.items()}
+            return state, positions.at[i].set(state.scaled * state.scale), reports
+
+        return jax.lax.fori_loop(0, num_steps, body, (state, blank, reports))
+
+    return map_chains(one, states)
+
+
+def _draw(kernel: Kernel, state: ChainState, data: _Data, sampling) -> tuple[ChainState, dict[str, Any]]:
+    """The steps that lead to one stored draw, and their report."""
+    key_next, key_steps = jax.random.split(state.key)
+    first, last = _steps_of_draw(kernel, state.num_draws, sampling)
+
+    def body(step, carry):
+        scaled, momentum, finite = carry
+        step_size, temperature = _at_step(kernel, step, state.step_size, sampling)
+        key = jax.random.fold_in(key_steps, step)
+        scaled, momentum, ok = _step(kernel, key, scaled, momentum, state.scale, step_size, temperature, data)
+        return scaled, momentum, finite & ok
+
+    scaled, momentum, finite = jax.lax.fori_loop(first, last, body, (state.scaled, state.momentum, jnp.bool_(True)))
+    step_size, _ = _at_step(kernel, last - 1, state.step_size, sampling)
+    report = {"diverging": ~finite, "num_steps": last - first, "step_size": step_size}
+    num_draws = state.num_draws + jnp.asarray(sampling, jnp.int32)
+    state = state._replace(scaled=scaled, momentum=momentum, key=key_next, num_draws=num_draws, finite=finite)
+    return state, report
+
+
+def _steps_of_draw(kernel: Kernel, num_draws, sampling):
+    """The first step of a draw and the one after its last, counted from the start of the cycle or of sampling."""
+    if kernel.schedule != "cyclical":
+        first = num_draws * kernel.thinning
+        return first, first + kernel.thinning
+    in_cycle = num_draws % kernel.cycle_draws
+    last = kernel.exploring_steps + (in_cycle + 1) * kernel.thinning
+    explores = jnp.asarray(sampling) & (in_cycle == 0)
+    return jnp.where(explores, 0, last - kernel.thinning), last
+
+
+def _at_step(kernel: Kernel, step, step_size, sampling):
+    """Step size and temperature at a step; during warm-up the step size is constant."""
+    warm = jnp.float32(kernel.temperature)
+    if kernel.schedule == "constant":
+        return step_size, warm
+    if kernel.schedule == "decreasing":
+        return jnp.where(sampling, step_size * (1.0 + step / DECAY_STEPS) ** (-1.0 / 3.0), step_size), warm
+    share = (step + 0.5) / kernel.cycle_steps
+    cosine = step_size * (1.0 + jnp.cos(jnp.pi * share))
+    exploring = jnp.asarray(sampling) & (2 * step < kernel.exploring_steps)
+    return jnp.where(sampling, cosine, step_size), jnp.where(exploring, 0.0, warm)
+
+
+def _step(kernel: Kernel, key, scaled, momentum, scale, step_size, temperature, data: _Data):
+    """One step along a mini-batch gradient; one that would leave the finite numbers is not taken."""
+    diffusions = _blackjax.load("engine='sgmcmc'").sgmcmc.diffusions
+    key_rows, key_noise = jax.random.split(key)
+    # BlackJAX moves the position first and then the momentum; only a gradient from the new position makes that stable.
+    at = scaled if kernel.method == "sgld" else scaled + step_size * momentum
+    gradient = jax.grad(lambda z: kernel.batches.log_prob(z * scale, key_rows, data))(at)
+    if kernel.method == "sgld":
+        new = diffusions.overdamped_langevin()(key_noise, scaled, gradient, step_size, temperature)
+        new_momentum = momentum
+    else:
+        new, new_momentum = diffusions.sghmc(kernel.friction)(
+            key_noise, scaled, momentum, gradient, step_size, temperature
+        )
+    ok = jnp.all(jnp.isfinite(new) & jnp.isfinite(new_momentum))
+    return jnp.where(ok, new, scaled), jnp.where(ok, new_momentum, jnp.zeros_like(momentum)), ok
