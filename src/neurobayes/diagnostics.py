@@ -84,11 +84,17 @@ def energy_fraction(energy: np.ndarray) -> float:
 
 
 def diagnose(
-    quantities: np.ndarray, stats: dict[str, np.ndarray], max_tree_depth: int, *, independent: bool = False
+    quantities: np.ndarray,
+    stats: dict[str, np.ndarray],
+    max_tree_depth: int,
+    *,
+    independent: bool = False,
+    approximation: str = "",
 ) -> Diagnostics:
     """Judge a run from draws of predicted values and noise, ``(chain, draw, quantity)``, and sampler reports.
 
-    ``independent`` draws are exact by construction: their R-hat is one and their effective number is their number.
+    ``independent`` draws need no convergence: their R-hat is one and their effective number is their number. They
+    are of the exact posterior, or of the ``approximation`` of that name.
     """
     num_chains, num_draws = quantities.shape[:2]
     finite = quantities[..., np.all(np.isfinite(quantities), axis=(0, 1))]
@@ -121,7 +127,12 @@ def diagnose(
         problem = "some predictions or noise levels are not finite in some draws"
         complaints.insert(0, (problem, "lower priors_sigma, or standardise the inputs (standardize=True)"))
     verdict = _sentence(complaints, figures)
-    if independent and not complaints:
+    if independent and approximation and not complaints:
+        verdict = (
+            f"All {num_chains * num_draws} are independent draws of a {approximation} approximation, whose distance from "
+            "the posterior they do not show: compare with engine='nuts' where it matters."
+        )
+    elif independent and not complaints:
         verdict = (
             f"The draws can be trusted: all {num_chains * num_draws} are independent draws of the exact posterior."
         )

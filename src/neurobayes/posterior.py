@@ -1,9 +1,22 @@
 """Draws from a posterior, with how they were made."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+
+
+class Analytic(Protocol):
+    """Predictive moments that need no draws, where an engine knows them in closed form."""
+
+    @property
+    def noise_var(self) -> np.ndarray:
+        """Posterior mean of each output's noise variance, ``(outputs,)``, in working units."""
+        ...
+
+    def moments(self, hoisted: Any, carry: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and variance of the outputs, noise not included, each ``(n, outputs)``, for a split forward pass."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +28,7 @@ class Posterior:
     draws : (chain, draw, size) positions: random weights, then unconstrained noise.
     stats : per-draw reports, each (chain, draw): ``diverging``, ``num_steps``, ``accept_prob``, ``energy`` …
     info : one entry per run: engine, seconds, step size, tree depth limit, versions.
+    analytic : exact predictive moments, from engines that know them.
     adaptation : what a later run over the same position can start from: last positions, step size, mass matrix.
     """
 
@@ -22,6 +36,7 @@ class Posterior:
     stats: dict[str, np.ndarray]
     info: dict[str, Any]
     adaptation: dict[str, Any] = dataclasses.field(default_factory=dict)
+    analytic: Analytic | None = None
 
     @property
     def num_chains(self) -> int:

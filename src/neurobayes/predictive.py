@@ -24,6 +24,7 @@ from ._typing import Array, Params, State
 from .hoisting import Hoisted, hoist_network
 from .networks.base import Network
 from .partition import Partition
+from .posterior import Analytic
 from .row_blocks import rows_per_block
 from .subspaces import RandomPart
 
@@ -104,6 +105,14 @@ class Source(NamedTuple):
     state: State
     theta: np.ndarray
     noise_std: np.ndarray
+    analytic: Analytic | None = None
+
+    @property
+    def noise_var(self) -> np.ndarray:
+        """Posterior mean of each output's noise variance, ``(outputs,)``, in working units."""
+        if self.analytic is not None:
+            return self.analytic.noise_var
+        return np.mean(self.noise_std.astype(float) ** 2, axis=0)
 
 
 def deterministic_outputs(network: Network, params: Params, state: State, x: np.ndarray) -> np.ndarray:
@@ -118,9 +127,22 @@ _apply = functools.partial(jax.jit, static_argnums=0)(lambda network, params, st
 
 
 def regression_moments(source: Source, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance over draws of the outputs, each ``(n, outputs)``, in working units."""
+    """Posterior mean and variance of the outputs, each ``(n, outputs)``, in working units.
+
+    In closed form where the engine knows it, else over the draws.
+    """
+    if source.analytic is not None:
+        return _analytic_moments(source, source.analytic, x)
     mean, squares = _reduce(source, x, _identity)
     return mean, np.maximum(squares, 0.0) / len(source.theta)
+
+
+def _analytic_moments(source: Source, analytic: Analytic, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    parts = []
+    for block, size in _row_blocks(x, _rows(source, x)):
+        mean, variance = analytic.moments(*_hoist(source, block))
+        parts.append((mean[:size], np.maximum(variance[:size], 0.0)))
+    return np.concatenate([mean for mean, _ in parts]), np.concatenate([variance for _, variance in parts])
 
 
 def class_moments(source: Source, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

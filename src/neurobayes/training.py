@@ -156,7 +156,7 @@ def _initialise(program: Program, key: Key, x: Array, params: Params | None) -> 
     start: Any = fresh if params is None else params
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), start)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    statistics = start(params) if program.track_statistics else None
+    statistics = weight_statistics.start(params) if program.track_statistics else None
     opt_state = make_optimizer(program.optimizer).init(params)  # pyright: ignore[reportArgumentType]
     progress = Progress(
         params, opt_state, key_run, jnp.int32(0),

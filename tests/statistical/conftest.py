@@ -19,7 +19,7 @@ import scipy.stats
 import neurobayes as nb
 from neurobayes import log_density, trees
 from neurobayes.diagnostics import effective_sample_size
-from neurobayes.inference import NUTS, Engine, LastLayer
+from neurobayes.inference import MCLMC, NUTS, SGMCMC, Engine, LastLayer
 from neurobayes.likelihoods import Categorical, Gaussian, Likelihood
 from neurobayes.log_density import LogDensity
 from neurobayes.networks import as_network
@@ -289,6 +289,11 @@ def made(name: str) -> Target:
     return TARGETS[name]()
 
 
+@pytest.fixture(name="last_layer", scope="session")
+def _last_layer():
+    return last_layer
+
+
 # --- engines
 
 
@@ -323,6 +328,17 @@ ENGINES = [
         name="last layer",
         engine=LastLayer(),
         passed_over=frozenset({"fewer rows than weights", "logistic regression", "counts"}),
+    ),
+    # Without an accept step. In two dimensions, with a tail in one, the energy error per dimension says least.
+    Case(name="mclmc", engine=MCLMC(), budget={"unknown noise": 0.1}),
+    Case(name="mclmc, adjusted", engine=MCLMC(adjusted=True), slow=True),
+    # All rows in a batch; the step size widens variances by up to a tenth, and ``test_sgmcmc`` has smaller batches.
+    Case(
+        name="sgmcmc",
+        engine=SGMCMC(method="sghmc", schedule="constant", thinning=100),
+        num_samples=1000,
+        budget=dict.fromkeys(TARGETS, 0.1),
+        slow=True,
     ),
 ]
 

@@ -104,7 +104,7 @@ def by_hand(x, y, noise_prior_log_prob, *, prior_std=1.0, prior_mean=0.0, low=-1
 @pytest.mark.parametrize(("rows", "features"), [(40, 4), (6, 15), (1, 3)], ids=["tall", "wide", "one row"])
 def test_known_noise_is_the_conjugate_regression(rows, features, bayesian_linear_regression):
     x, y = data(rows, features)
-    (output,) = run(problem(x, y, noise_prior=known(0.3), prior_std=0.7)).info["mixture"].outputs
+    (output,) = run(problem(x, y, noise_prior=known(0.3), prior_std=0.7)).analytic.outputs
     expected = bayesian_linear_regression(x, y, 0.7, 0.3)
     for mine, theirs in zip(weight_moments(output), expected, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=2e-5)
@@ -128,7 +128,7 @@ def test_unknown_noise_is_integrated(rows, features, prior):
     log_evidence, mean, cov, log_noise, log_noise_var = by_hand(
         x, y, theirs, prior_std=std, prior_mean=0.2, low=-9.0 if rows > features else -30.0, high=12.0, num=2401
     )
-    (output,) = posterior.info["mixture"].outputs
+    (output,) = posterior.analytic.outputs
     np.testing.assert_allclose(posterior.info["log_evidence"], log_evidence, atol=2e-4)
     got_mean, got_cov = weight_moments(output)
     np.testing.assert_allclose(got_mean + 0.2, mean, atol=5e-5)
@@ -146,7 +146,7 @@ def test_a_prior_with_two_bounds():
     ours, theirs = PRIORS["uniform"]
     posterior = run(problem(x, y, noise_prior=ours))
     log_evidence, mean, _, log_noise, _ = by_hand(x, y, theirs, low=np.log(0.0101), high=np.log(2.99))
-    (output,) = posterior.info["mixture"].outputs
+    (output,) = posterior.analytic.outputs
     np.testing.assert_allclose(posterior.info["log_evidence"], log_evidence, atol=0.02)
     np.testing.assert_allclose(weight_moments(output)[0], mean, atol=2e-3)
     np.testing.assert_allclose(output.weights @ np.log(output.noise_std), log_noise, atol=2e-3)
@@ -165,7 +165,7 @@ def test_noise_alone_is_an_inverse_gamma():
     shape, rate = 3.0 + 15.0, 0.5 + 0.5 * np.sum(y**2)
     evidence = gammaln(shape) - gammaln(3.0) + 3.0 * np.log(0.5) - shape * np.log(rate) - 15.0 * np.log(2 * np.pi)
     np.testing.assert_allclose(posterior.info["log_evidence"], evidence, atol=1e-4)
-    (output,) = posterior.info["mixture"].outputs
+    (output,) = posterior.analytic.outputs
     np.testing.assert_allclose(output.noise_var, rate / (shape - 1), rtol=1e-5)
     assert output.effective_dimensions == 0
     variances = np.exp(2 * posterior.draws[0, :, -1].astype(float))
@@ -181,7 +181,7 @@ def test_a_flat_prior_gives_the_normal_inverse_gamma_posterior():
     least_squares = np.linalg.solve(gram, x.T @ y)
     freedom = 2 * 3.0 + 30 - 3
     rate = 2 * 0.5 + np.sum((y - x @ least_squares) ** 2)
-    mean, cov = weight_moments(posterior.info["mixture"].outputs[0])
+    mean, cov = weight_moments(posterior.analytic.outputs[0])
     np.testing.assert_allclose(mean, least_squares, atol=1e-4)
     np.testing.assert_allclose(cov, rate / (freedom - 2) * np.linalg.inv(gram), rtol=1e-3)
     scale = np.sqrt(rate / freedom * np.linalg.inv(gram)[0, 0])
@@ -229,7 +229,7 @@ def test_the_evidence_is_joint_over_posterior_at_every_draw():
     y = np.stack([y, x[:, 0] + rng.normal(size=25)], axis=1)
     density = problem(x, y, noise_prior=dist.HalfNormal(np.float32([0.5, 2.0])), prior_std=[0.5, 1.0] * 3)
     posterior = run(density, 50)
-    outputs = posterior.info["mixture"].outputs
+    outputs = posterior.analytic.outputs
     for position in posterior.draws[0, :10].astype(float):
         log_posterior = 0.0
         for i, output in enumerate(outputs):
@@ -260,13 +260,13 @@ def test_analytic_moments_are_those_of_the_draws():
     params = {"Dense0": {"bias": np.zeros(2, np.float32), "kernel": np.zeros((3, 2), np.float32)}}
     partition = Partition.from_masks({"Dense0.kernel": np.ones((3, 2), bool)}, trees.shapes(params))
     hoisted = hoist_network(network, partition, params, {}, new)
-    mean, variance = analytic_moments(posterior.info["mixture"], hoisted, hoisted.early(partition, params, {}, new))
+    mean, variance = analytic_moments(posterior.analytic, hoisted, hoisted.early(partition, params, {}, new))
     values = np.einsum("nf,dfo->dno", new, posterior.draws[0, :, :6].reshape(-1, 3, 2)).astype(float)
     error = values.std(axis=0) / np.sqrt(len(values))
     assert np.all(np.abs(values.mean(axis=0) - mean) < 5 * error)
     np.testing.assert_allclose(values.var(axis=0), variance, rtol=0.05)
     np.testing.assert_allclose(
-        posterior.info["mixture"].noise_var, np.exp(2 * posterior.draws[0, :, 6:]).mean(axis=0), rtol=0.05
+        posterior.analytic.noise_var, np.exp(2 * posterior.draws[0, :, 6:]).mean(axis=0), rtol=0.05
     )
 
 
@@ -281,7 +281,7 @@ def test_duplicated_features_and_tiny_noise(rows):
     y = x[:, :8] @ rng.normal(size=8) + 1e-4 * rng.normal(size=rows)
     posterior = run(problem(x, y, noise_prior=dist.HalfNormal(1.0)), 2000)
     assert np.all(np.isfinite(posterior.draws))
-    (output,) = posterior.info["mixture"].outputs
+    (output,) = posterior.analytic.outputs
     assert len(output.spectrum.eigenvalues) == min(rows, 9)
     fitted = posterior.draws[0, :, :-1].astype(float) @ x.T
     noise = np.exp(posterior.draws[0, :, -1].astype(float))
@@ -319,10 +319,10 @@ def test_many_rows_have_a_narrow_noise():
 def test_outputs_that_share_features_share_a_decomposition():
     x, y = data(20, 3)
     density = problem(x, np.stack([y, -2 * y], axis=1), noise_prior=dist.HalfNormal(1.0))
-    first, second = run(density).info["mixture"].outputs
+    first, second = run(density).analytic.outputs
     assert first.spectrum.basis is second.spectrum.basis
     uneven = problem(x, np.stack([y, -2 * y], axis=1), noise_prior=dist.HalfNormal(1.0), prior_std=[1, 2] * 3)
-    first, second = run(uneven).info["mixture"].outputs
+    first, second = run(uneven).analytic.outputs
     assert first.spectrum.basis is not second.spectrum.basis
 
 
@@ -363,7 +363,7 @@ def test_nuts_agrees(name, disagreement, shrunk):
     mean, cov = np.zeros(size), np.zeros((size, size))
     exact = run(density, 200_000).draws[0].astype(float)  # covariances of weights and noise have no closed form here
     mean, cov = exact.mean(axis=0), np.cov(exact.T)
-    for output in run(density).info["mixture"].outputs:
+    for output in run(density).analytic.outputs:
         at = output.scalars
         mean[at], cov[np.ix_(at, at)] = weight_moments(output)
     nuts = NUTS(target_accept=0.95).run(

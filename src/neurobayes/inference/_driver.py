@@ -174,31 +174,6 @@ def _cut(reports: dict[str, Any], size: int) -> dict[str, np.ndarray]:
     return {name: np.asarray(values)[:, :size] for name, values in reports.items()}
 
 
-def replicate(tree: Any, devices: tuple[Any, ...]) -> Any:
-    """What all chains share, copied to each device once."""
-    if len(devices) < 2:
-        return tree
-    return jax.device_put(tree, jax.sharding.NamedSharding(_mesh(devices), jax.sharding.PartitionSpec()))
-
-
-def _mesh(devices: tuple[Any, ...]) -> jax.sharding.Mesh:
-    return jax.sharding.Mesh(np.array(devices), ("chain",))
-
-
-def spread_chains(fn: Callable[..., Any], devices: tuple[Any, ...]) -> Callable[..., Any]:
-    """``fn(chains, *shared)`` with an equal share of the chains on each device, each at its own pace."""
-    if len(devices) < 2:
-        return fn
-
-    def spread(chains: Any, *shared: Any) -> Any:
-        by_chain, everywhere = jax.sharding.PartitionSpec("chain"), jax.sharding.PartitionSpec()
-        in_specs = (by_chain, *[everywhere] * len(shared))
-        mapped = jax.shard_map(fn, mesh=_mesh(devices), in_specs=in_specs, out_specs=by_chain, check_vma=False)
-        return mapped(chains, *shared)
-
-    return spread
-
-
 def map_chains(fn: Callable[..., Any], chains: Any) -> Any:
     """``fn`` of every chain, in one program on one device.
 

@@ -101,12 +101,12 @@ class LastLayer(Engine):
             "independent": True,
             "log_evidence": float(scales.log_evidence),
             "effective_dimensions": [output.effective_dimensions for output in outputs],
-            "mixture": Mixture(design.prior_mean, tuple(outputs)),
             "seconds": time.perf_counter() - started,
         }
         if control.on_progress is not None:
             control.on_progress("sampling", num_samples, num_samples)
-        return Posterior(draws.astype(np.float32).reshape(*shape, -1), stats, info)
+        mixture = Mixture(design.prior_mean, tuple(outputs))
+        return Posterior(draws.astype(np.float32).reshape(*shape, -1), stats, info, analytic=mixture)
 
     def _integrate(self, spectra: list[Spectrum], noise_prior: Any) -> "ScaleNodes":
         """The noise, and the prior scale where it is unknown, integrated over the evidence."""
@@ -152,6 +152,10 @@ class Mixture:
     def noise_var(self) -> np.ndarray:
         """Posterior mean of each output's noise variance, ``(outputs,)``."""
         return np.array([output.noise_var for output in self.outputs])
+
+    def moments(self, hoisted: Any, carry: Any) -> tuple[np.ndarray, np.ndarray]:
+        """As ``analytic_moments``."""
+        return analytic_moments(self, hoisted, carry)
 
 
 def analytic_moments(mixture: Mixture, hoisted: Any, carry: Any) -> tuple[np.ndarray, np.ndarray]:

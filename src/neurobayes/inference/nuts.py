@@ -19,7 +19,7 @@ from .._typing import Key
 from ..errors import OptionError
 from ..log_density import Form, LogDensity
 from ..posterior import Posterior
-from ._driver import CHUNK, advance, map_chains, replicate, spread_chains
+from ._driver import CHUNK, advance, map_chains
 from .base import Engine, RunControl
 from .curvature import inverse_mass
 
@@ -120,6 +120,8 @@ class NUTS(Engine):
                 f"chain_method='parallel' needs more than one device, and JAX sees {len(devices)}. Use "
                 "chain_method='vectorized', or call jax.config.update('jax_num_cpu_devices', N) before JAX is used."
             )
+        # One program per device and not one shard_map over all: compiled for several devices, the same operations
+        # round differently, and the draws would depend on the layout.
         ends = [round(num_chains * (i + 1) / len(devices)) for i in range(len(devices))]
         shares = zip([0, *ends], ends, devices, strict=False)
         placed = [jax.device_put((_chains(states, first, end), terms), device) for first, end, device in shares]
@@ -139,14 +141,13 @@ class Kernel:
 
 
 class _Group:
-    """Chains that advance together, on one device or in equal shares on several."""
+    """Chains that advance together on one device."""
 
-    def __init__(self, kernel: Kernel, state: Any, terms: Any, devices: tuple[Any, ...] = ()):
-        self.kernel, self.state, self.devices = kernel, state, devices
-        self.terms = replicate(terms, devices)
+    def __init__(self, kernel: Kernel, state: Any, terms: Any):
+        self.kernel, self.state, self.terms = kernel, state, terms
 
     def dispatch(self, num_steps: int, sampling: bool) -> Any:
-        return _run_chunk(self.kernel, self.devices, self.state, self.terms, np.int32(num_steps))
+        return _run_chunk(self.kernel, self.state, self.terms, np.int32(num_steps))
 
     def is_healthy(self, state: Any) -> bool:
         return bool(np.all(np.isfinite(np.asarray(state.potential_energy))))
@@ -217,13 +218,9 @@ def _start_chains(kernel: Kernel, key, positions, jitter, step_sizes, masses, te
     return map_chains(one, (jnp.arange(len(positions)), positions, step_sizes, masses))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _run_chunk(kernel: Kernel, devices: tuple, states, terms, num_steps):
+@functools.partial(jax.jit, static_argnums=0)
+def _run_chunk(kernel: Kernel, states, terms, num_steps):
     """``num_steps <= CHUNK`` iterations of each chain: (states, positions, reports), padded to CHUNK."""
-    return spread_chains(functools.partial(_chunk, kernel), devices)(states, terms, num_steps)
-
-
-def _chunk(kernel: Kernel, states, terms, num_steps):
     _, sample = _numpyro_kernel(kernel)
     # Sets up what NumPyro keeps in the closure of its kernel, should this trace come first in a process.
     one_state = jax.tree.map(lambda leaf: leaf[0], states)

@@ -1,8 +1,9 @@
 """Pathfinder: a Gaussian from the curvature that L-BFGS finds on its way to the mode, with BlackJAX.
 
 Zhang, Carpenter, Gelman & Vehtari (2022), "Pathfinder: parallel quasi-Newton
-variational inference", JMLR 23. Several paths start from dispersed points; the
-Gaussian with the largest evidence bound over all of them is drawn from.
+variational inference", JMLR 23. Several paths start from dispersed points,
+in coordinates scaled by the curvature at the trained weights; the Gaussian with
+the largest evidence bound over all of them is drawn from.
 """
 
 import dataclasses
@@ -14,17 +15,20 @@ import jax
 import numpy as np
 
 from .. import _checks
-from .._typing import Array, Key
+from .._typing import Key
 from ..errors import TrainingError
 from ..log_density import Form, LogDensity, Terms
 from ..posterior import Posterior
 from . import _blackjax
+from ._coordinates import Coordinates, by_curvature
 from .base import Engine, RunControl
 
 DENSE_COVARIANCE = 100
 """Up to this size the draws' full covariance is handed to samplers that start from here, else its diagonal."""
 
 SMALLEST_TAIL = 5
+CONSTANT_RATIOS = 1e-3
+"""Log ratios that differ by less differ by rounding."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,15 +45,15 @@ class Pathfinder(Engine):
     max_iterations : L-BFGS iterations of a path, at most.
     history : gradient pairs that the curvature is made of.
     num_elbo_draws : draws that judge each Gaussian.
-    jitter : paths start this many prior standard deviations around the trained weights: at the mode there is
-        no way left to learn the curvature from.
+    jitter : paths start this many posterior standard deviations, by the curvature, around the trained weights:
+        at the mode there is no way left to learn from.
     """
 
     num_paths: int = 4
     max_iterations: int = 100
-    history: int = 20
-    num_elbo_draws: int = 20
-    jitter: float = 1.0
+    history: int = 10
+    num_elbo_draws: int = 50
+    jitter: float = 2.0
 
     def __post_init__(self) -> None:
         for name in ("num_paths", "max_iterations", "history", "num_elbo_draws"):
@@ -70,9 +74,12 @@ class Pathfinder(Engine):
         _blackjax.load("engine='pathfinder'")
         started = time.perf_counter()
         form, terms = log_density.form, log_density.terms
-        start = np.asarray(start, np.float32)
-        paths = [_path(self, form, jax.random.fold_in(key, path), start, terms) for path in range(self.num_paths)]
-        elbos = np.array([float(path.elbo) for path in paths])
+        key_scale, key_draw, key_paths = _split(key)
+        coordinates = by_curvature(form, key_scale, np.asarray(start, np.float32), terms)
+        paths = [
+            _path(self, form, jax.random.fold_in(key_paths, path), coordinates, terms) for path in range(self.num_paths)
+        ]
+        elbos = np.array([float(path.elbo) for path in paths]) + float(coordinates.log_volume)
         if not np.any(np.isfinite(elbos)):
             raise TrainingError(
                 "no Gaussian along any path has a finite evidence bound. Likely causes: weights or inputs of extreme "
@@ -80,7 +87,7 @@ class Pathfinder(Engine):
             )
         best = paths[int(np.nanargmax(elbos))]
         num_draws = num_chains * num_samples
-        draws, log_ratios = _draw(form, num_draws, jax.random.fold_in(key, self.num_paths), best, start, terms)
+        draws, log_ratios = _draw(form, num_draws, key_draw, best, coordinates, terms)
         draws = np.asarray(draws)
         shape = (num_chains, num_samples)
         info = {
@@ -97,30 +104,33 @@ class Pathfinder(Engine):
         return Posterior(chains, {"diverging": np.zeros(shape, bool)}, info, _adaptation(chains))
 
 
+_split = jax.jit(lambda key: jax.random.split(key, 3))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _path(config: Pathfinder, form: Form, key: Key, start: Array, terms: Terms) -> Any:
-    """BlackJAX's state of the best Gaussian of one path, in units of the prior around ``start``."""
+def _path(config: Pathfinder, form: Form, key: Key, coordinates: Coordinates, terms: Terms) -> Any:
+    """BlackJAX's state of the best Gaussian of one path."""
     approximate = _blackjax.load("engine='pathfinder'").vi.pathfinder.approximate
     key_start, key_run = jax.random.split(key)
     state, _ = approximate(
-        key_run, _centred(form, start, terms), config.jitter * jax.random.normal(key_start, start.shape),
+        key_run, _density(form, coordinates, terms),
+        config.jitter * jax.random.normal(key_start, coordinates.centre.shape),
         num_samples=config.num_elbo_draws, maxiter=config.max_iterations, maxcor=config.history, maxls=100,
     )  # fmt: skip
     return state
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _draw(form: Form, num_draws: int, key: Key, state: Any, start: Array, terms: Terms) -> tuple[Array, Array]:
+def _draw(form: Form, num_draws: int, key: Key, state: Any, coordinates: Coordinates, terms: Terms):
     """Positions, and the log of density over approximation up to a constant."""
     sample = _blackjax.load("engine='pathfinder'").vi.pathfinder.sample
     latent, log_q = sample(key, state, num_draws)
-    log_p = jax.lax.map(_centred(form, start, terms), latent)
-    return start + form.position_scale(terms) * latent, log_p - log_q
+    log_p = jax.lax.map(_density(form, coordinates, terms), latent)
+    return coordinates.position(latent), log_p - log_q
 
 
-def _centred(form: Form, start: Array, terms: Terms):
-    scale = form.position_scale(terms)
-    return lambda latent: form(start + scale * latent, terms)
+def _density(form: Form, coordinates: Coordinates, terms: Terms):
+    return lambda latent: form(coordinates.position(latent), terms)
 
 
 def _pareto_k(log_ratios: np.ndarray) -> float:
@@ -129,7 +139,9 @@ def _pareto_k(log_ratios: np.ndarray) -> float:
 
     if len(log_ratios) < 5 * SMALLEST_TAIL or not np.all(np.isfinite(log_ratios)):
         return float("nan")
-    return float(array_stats.psislw(log_ratios)[1])
+    if np.ptp(log_ratios) < CONSTANT_RATIOS:
+        return float("-inf")  # no tail at all
+    return float(array_stats.psislw(-log_ratios)[1])  # like LOO, it takes the ratios' negative logarithms
 
 
 def _adaptation(chains: np.ndarray) -> dict[str, Any]:

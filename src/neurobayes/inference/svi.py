@@ -20,15 +20,14 @@ from .._typing import Array, Key
 from ..errors import OptionError, TrainingError
 from ..log_density import Form, LogDensity, Terms
 from ..posterior import Posterior
+from ._coordinates import Coordinates, by_curvature
 from .base import Engine, RunControl
-from .curvature import inverse_mass
 
 GUIDES = ("mean_field", "low_rank", "flow")
 
 MAX_FLOW = 128
 """Largest position for a flow, whose layers have 64 weights per pair of dimensions."""
 
-MAX_ROTATED = 100
 MIN_RANK = 10
 CHUNK = 500
 INITIAL_SPREAD = 0.5
@@ -92,11 +91,11 @@ class SVI(Engine):
         )
         _prepare(family)
         key_scale, key_run, key_draw = _split(key)
-        centre = np.asarray(start, np.float32)
-        rotated = self.guide != "mean_field" and size <= MAX_ROTATED
-        covariance = inverse_mass(log_density.form, key_scale, centre, log_density.terms, rotated)
-        scale = jnp.linalg.cholesky(covariance) if rotated else jnp.sqrt(covariance)
-        problem = Problem(centre, scale, log_density.terms)
+        coordinates = by_curvature(
+            log_density.form, key_scale, np.asarray(start, np.float32), log_density.terms,
+            rotate=self.guide != "mean_field",
+        )  # fmt: skip
+        problem = Problem(coordinates, log_density.terms)
         state, elbo, ended_by = _optimise(family, _start(family, key_run, problem), problem, control, started)
         draws = np.asarray(_draw(family, num_chains * num_samples, state, key_draw, problem))
         if not np.all(np.isfinite(draws)):
@@ -131,23 +130,10 @@ class Family:
 
 
 class Problem(NamedTuple):
-    """The density in the guide's coordinates: position = centre + scale @ latent.
+    """The density in the guide's coordinates."""
 
-    ``scale`` is ``(size,)``, a diagonal, or ``(size, size)``, lower triangular.
-    """
-
-    centre: Any
-    scale: Any
+    coordinates: Coordinates
     terms: Terms
-
-    def position(self, latent: Array) -> Array:
-        """The position of one latent vector ``(size,)``, or of many ``(draws, size)``."""
-        return self.centre + (self.scale * latent if self.scale.ndim == 1 else latent @ self.scale.T)
-
-    @property
-    def log_volume(self) -> Array:
-        """Log determinant of the scale."""
-        return jnp.sum(jnp.log(self.scale if self.scale.ndim == 1 else jnp.diagonal(self.scale)))
 
 
 _split = jax.jit(lambda key: jax.random.split(key, 3))
@@ -167,8 +153,8 @@ def _prepare(family: Family) -> Any:
 
     def model(problem):
         latent = latent_alone()
-        value = family.form(problem.position(latent), problem.terms)
-        numpyro.factor("log_density", value + problem.log_volume)
+        value = family.form(problem.coordinates.position(latent), problem.terms)
+        numpyro.factor("log_density", value + problem.coordinates.log_volume)
 
     with jax.ensure_compile_time_eval():  # also when first called while another program is traced
         origin = init_to_value(values={"latent": np.zeros(family.size, np.float32)})
@@ -234,4 +220,4 @@ def _draw(family: Family, num_draws: int, state: Any, key: Key, problem: Problem
     jax.eval_shape(svi.init, jax.random.key(0), problem)
     params = svi.get_params(state)
     latent = svi.guide.sample_posterior(key, params, sample_shape=(num_draws,))["latent"]
-    return problem.position(latent)
+    return problem.coordinates.position(latent)

@@ -168,7 +168,7 @@ def run(plan: Plan, key: Key, options: PretrainingOptions, sampling: Sampling, r
         is_enough=stopping_rule(sampling, plan.prepared, source, density),
         warm_start=None if plan.warm is None else plan.warm.posterior.adaptation,
     )  # fmt: skip
-    source = on_host(with_draws(source, density, posterior.flat_draws))
+    source = on_host(with_draws(source, density, posterior.flat_draws))._replace(analytic=posterior.analytic)
     diagnostics = judge(plan.prepared, source, posterior)
     seconds = {"training": trained - started, "sampling": time.perf_counter() - trained}
     prepared = plan.prepared

@@ -261,7 +261,7 @@ class PartialBNN:
             probabilities, expected = predictive.class_moments(fitted.source, x)
             return ClassPrediction.of(probabilities, expected, draws)
         mean, variance = predictive.regression_moments(fitted.source, x)
-        aleatoric = np.broadcast_to(np.mean(fitted.source.noise_std.astype(float) ** 2, axis=0), mean.shape)
+        aleatoric = np.broadcast_to(fitted.source.noise_var, mean.shape)
         levels = None if quantiles is None else [_checks.check_fraction("quantiles", q) for q in quantiles]
         solved = None
         if levels is not None:

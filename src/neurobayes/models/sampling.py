@@ -179,8 +179,9 @@ def judge(prepared: Prepared, source: Source, posterior: Posterior) -> Diagnosti
     """Convergence of predicted values at reference rows, and of the noise."""
     quantities, info = reference_quantities(prepared, source, posterior.num_chains), posterior.info
     return diagnose(
-        quantities, posterior.stats, info.get("max_tree_depth", 10), independent=info.get("independent", False)
-    )
+        quantities, posterior.stats, info.get("max_tree_depth", 10),
+        independent=info.get("independent", False), approximation=info.get("approximation", ""),
+    )  # fmt: skip
 
 
 def on_host(source: Source) -> Source:
