@@ -238,9 +238,8 @@ def _constant_noise(model: Any, problem: Problem) -> dict[str, Any]:
     """The noise std of a deterministic network and where it is from; the test rows have no part in it."""
     from . import metrics
 
-    search = model.pretraining.search
-    if search is not None and search.unseen_rmse is not None:
-        std = float(search.unseen_rmse[0] * model._fitted.scaling.y_std[0])
+    if model.held_out_std is not None:
+        std = float(model.held_out_std[0])
         source = "residuals on rows left out in turn from training"
     else:
         std = metrics.rmse(problem.y_train, np.asarray(model.deterministic_predict(problem.X_train)))

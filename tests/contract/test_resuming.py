@@ -8,12 +8,12 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
+import numpyro.distributions as dist
 import pytest
 
 import neurobayes as nb
-from neurobayes.errors import CheckpointError, ConvergenceWarning
+from neurobayes.errors import CheckpointError
 from neurobayes.inference import NUTS, _driver
 
 SCRIPT = pathlib.Path(__file__).with_name("long_run.py")
@@ -144,6 +144,8 @@ CHANGED = {
     "width": {"model": nb.PartialBNN(nb.FlaxMLP([5], 1))},
     "activation": {"model": nb.PartialBNN(nb.FlaxMLP([4], 1, activation="relu"))},
     "Bayesian layers": {"model": nb.PartialBNN(nb.FlaxMLP([4], 1), num_probabilistic_layers=2)},
+    "noise prior": {"model": nb.PartialBNN(nb.FlaxMLP([4], 1), noise_prior=dist.HalfNormal(2.0))},
+    "noise prior's form": {"model": nb.PartialBNN(nb.FlaxMLP([4], 1), noise_prior=dist.InverseGamma(3.0, 1.0))},
     "prior centre": {"model": nb.PartialBNN(nb.FlaxMLP([4], 1), prior_mean="zero")},
 }
 
@@ -299,12 +301,12 @@ def test_interrupted_by_hand_then_continued(tmp_path, uninterrupted, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(_driver._Run, "_chunk", interrupted)
-        with pytest.warns(ConvergenceWarning, match="40 of 60 draws"):
+        with pytest.warns() as caught:
             model = nb.PartialBNN(nb.FlaxMLP([4], 1)).fit(
                 *long_run.data(), num_samples=NUM_SAMPLES, checkpoint_dir=tmp_path, **long_run.OPTIONS
             )
+    assert "interrupted: 40 of 60 draws per chain are kept." in [str(warning.message) for warning in caught]
     assert model.posterior.draws.shape[1] == 40
     np.testing.assert_array_equal(
         long_run.fit(tmp_path, NUM_SAMPLES).posterior.draws, uninterrupted.posterior.draws
     )
-    assert jax.tree.leaves(model.posterior.adaptation)

@@ -19,7 +19,7 @@ import scipy.stats
 import neurobayes as nb
 from neurobayes import log_density, trees
 from neurobayes.diagnostics import effective_sample_size
-from neurobayes.inference import MCLMC, NUTS, SGMCMC, Engine, LastLayer
+from neurobayes.inference import MCLMC, NUTS, SGMCMC, SVI, Engine, Laplace, LastLayer, Pathfinder
 from neurobayes.likelihoods import Categorical, Gaussian, Likelihood
 from neurobayes.log_density import LogDensity
 from neurobayes.networks import as_network
@@ -339,6 +339,43 @@ ENGINES = [
         num_samples=1000,
         budget=dict.fromkeys(TARGETS, 0.1),
         slow=True,
+    ),
+    # Gaussians at a mode: exact for known noise; else they miss the skewness, and the weights' dependence on the noise.
+    Case(
+        name="laplace",
+        engine=Laplace(),
+        budget={
+            "correlated": 0.05,
+            "two outputs": 0.1,
+            "unknown noise": 0.6,
+            "logistic regression": 0.35,
+            "counts": 0.35,
+        },
+    ),
+    # The nearest Gaussian has the right mean, but is too narrow where the posterior has heavier tails.
+    Case(
+        name="svi",
+        engine=SVI(),
+        budget={
+            "correlated": 0.1,
+            "two outputs": 0.1,
+            "unknown noise": 0.6,
+            "logistic regression": 0.1,
+            "counts": 0.2,
+        },
+    ),
+    # Of the mode's neighbourhood, with a curvature from a few gradients.
+    Case(
+        name="pathfinder",
+        engine=Pathfinder(),
+        budget={
+            "correlated": 0.3,
+            "fewer rows than weights": 0.1,
+            "two outputs": 0.45,
+            "unknown noise": 0.65,
+            "logistic regression": 0.35,
+            "counts": 0.35,
+        },
     ),
 ]
 

@@ -13,6 +13,7 @@ gradient method", JMLR 21).
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -173,6 +174,7 @@ class GaussianApproximation:
     eigenvalues : (rank,) curvature of the data in units of the prior's.
     eigenvectors : (weights, rank) the columns of ``V``; None for the identity.
     noise_cov : (noises, noises) covariance of the unconstrained noise.
+    noise_var : (noises,) mean noise variance.
     """
 
     mode: np.ndarray
@@ -180,6 +182,16 @@ class GaussianApproximation:
     eigenvalues: np.ndarray
     eigenvectors: np.ndarray | None
     noise_cov: np.ndarray
+    noise_var: np.ndarray
+
+    def moments(self, hoisted: Any, carry: Any) -> tuple[np.ndarray, np.ndarray]:
+        """As ``predictive_moments``."""
+        return predictive_moments(self, hoisted, carry)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the curvature is known in all directions, so that moments take a pass per weight at most."""
+        return len(self.eigenvalues) == len(self.prior_std) <= MAX_EXACT_DIAGONAL
 
     def draw(self, rng: np.random.Generator, num_draws: int) -> np.ndarray:
         """Independent positions ``(draws, size)`` in float32."""
@@ -213,19 +225,31 @@ def predictive_moments(gaussian: GaussianApproximation, hoisted: Any, carry: Any
     where it is curved within the Gaussian's width (Immer, Korzepa & Bauer 2021,
     arXiv:2008.08646); this is the prediction the approximation is about.
     ``hoisted`` and ``carry`` are the split forward pass for the rows wanted, as
-    for ``last_layer.analytic_moments``; each needs a few hundred at most.
+    for ``last_layer.analytic_moments``. It takes a pass per weight or, if they
+    are fewer or the curvature is of low rank, per row: then give few rows.
     """
     size = len(gaussian.prior_std)
     theta = np.asarray(gaussian.mode[:size], np.float32)
     vectors = None if gaussian.eigenvectors is None else gaussian.eigenvectors.astype(np.float32)
     shrink = (gaussian.eigenvalues / (1.0 + gaussian.eigenvalues)).astype(np.float32)
-    mean, variance = _moments(hoisted, theta, np.float32(gaussian.prior_std), vectors, shrink, carry)
+    mean, variance = _moments(
+        hoisted, gaussian.is_complete, theta, np.float32(gaussian.prior_std), vectors, shrink, carry
+    )
     return np.asarray(mean, float), np.asarray(variance, float)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _moments(hoisted: Any, theta: Array, std: Array, vectors: Array | None, shrink: Array, carry: Any):
-    mean, backward = jax.vjp(lambda theta: hoisted.late(theta, carry), theta)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _moments(hoisted: Any, complete: bool, theta: Array, std: Array, vectors: Array | None, shrink: Array, carry: Any):
+    outputs = functools.partial(_late, hoisted, carry)
+    if complete and len(theta) <= math.prod(jax.eval_shape(outputs, theta).shape):
+        mean, forward = jax.linearize(outputs, theta)
+
+        def add(m, total):
+            direction = jax.nn.one_hot(m, len(theta)) if vectors is None else vectors[:, m]
+            return total + (1.0 - shrink[m]) * forward(std * direction) ** 2
+
+        return mean, jax.lax.fori_loop(0, len(theta), add, jnp.zeros_like(mean))
+    mean, backward = jax.vjp(outputs, theta)
 
     def variance(index):
         (slope,) = backward(jax.nn.one_hot(index, mean.size, dtype=mean.dtype).reshape(mean.shape))
@@ -237,5 +261,9 @@ def _moments(hoisted: Any, theta: Array, std: Array, vectors: Array | None, shri
         outside = slope - vectors @ along
         return jnp.sum(outside**2) + jnp.sum(along**2 * (1.0 - shrink))
 
-    found = jax.lax.map(variance, jnp.arange(mean.size), batch_size=min(_BATCH, mean.size))
-    return mean, found.reshape(mean.shape)
+    variances = jax.lax.map(variance, jnp.arange(mean.size), batch_size=min(_BATCH, mean.size))
+    return mean, variances.reshape(mean.shape)
+
+
+def _late(hoisted: Any, carry: Any, theta: Array) -> Array:
+    return hoisted.late(theta, carry)

@@ -24,7 +24,7 @@ from .. import _checks
 from .._typing import Array, Key
 from ..errors import OptionError, TrainingError
 from ..likelihoods import LOG_2PI, Gaussian
-from ..log_density import Form, LogDensity, Terms
+from ..log_density import Form, LogDensity, Terms, constrain_noise
 from ..posterior import Posterior
 from ..priors import WeightPrior
 from ._gauss_newton import GaussianApproximation, Spectrum, predictive_moments, spectrum, to_position
@@ -61,12 +61,16 @@ class Laplace(Engine):
     rank : number of leading directions of ``"low_rank"``.
     prior_scale : factor on the prior standard deviations of all random weights, or ``"marginal_likelihood"``:
         the one with the largest evidence.
+    linearised : a regression's predictive mean and variance are those of the network linearised at the mode, in
+        closed form, where the curvature is known in all directions (full, or diagonal of at most 4,096 weights);
+        else, and with False, those of draws put through the network, whose variance is larger where it is curved.
     max_iterations : L-BFGS iterations to the mode, at most.
     """
 
     structure: str = "auto"
     rank: int = 128
     prior_scale: float | str = 1.0
+    linearised: bool = True
     max_iterations: int = 500
 
     def __post_init__(self) -> None:
@@ -101,6 +105,10 @@ class Laplace(Engine):
         words = [int(word) for word in np.asarray(jax.random.key_data(key)).ravel()]
         gaussian = search.gaussian()
         draws = gaussian.draw(np.random.default_rng(words), num_chains * num_samples)
+        if form.num_noise:
+            noise_std = constrain_noise(draws[:, form.num_theta :], log_density.terms.noise_prior)
+            gaussian = dataclasses.replace(gaussian, noise_var=np.mean(np.asarray(noise_std, float) ** 2, axis=0))
+        exact_moments = self.linearised and form.num_noise > 0 and gaussian.is_complete
         shape = (num_chains, num_samples)
         info = {
             "engine": "laplace",
@@ -116,7 +124,10 @@ class Laplace(Engine):
         }
         if control.on_progress is not None:
             control.on_progress("sampling", num_samples, num_samples)
-        return Posterior(draws.reshape(*shape, -1), {"diverging": np.zeros(shape, bool)}, info)
+        return Posterior(
+            draws.reshape(*shape, -1), {"diverging": np.zeros(shape, bool)}, info,
+            analytic=gaussian if exact_moments else None,
+        )  # fmt: skip
 
 
 class _Search:
@@ -212,7 +223,7 @@ class _Search:
         terms = self.terms
         mode = np.asarray(to_position(self.u, self.noise, terms), float)
         values, vectors, _ = self.spectrum
-        return GaussianApproximation(mode, np.asarray(terms.prior.std, float), values, vectors, self.noise_cov)
+        return GaussianApproximation(mode, np.asarray(terms.prior.std, float), values, vectors, self.noise_cov, np.zeros(0))
 
     def log_evidence(self) -> float:
         """Laplace's approximation to the log marginal likelihood, in nats."""

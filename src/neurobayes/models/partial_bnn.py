@@ -345,6 +345,18 @@ class PartialBNN:
         """The deterministic stage: weights, losses, the chosen regularisation; None if weights were given."""
         return self._require_fitted().pretrained
 
+    @property
+    def held_out_std(self) -> np.ndarray | None:
+        """Error of the network's predictions on rows left out while its regularisation was chosen, ``(outputs,)``.
+
+        In the user's units; None where weights or the length of training were given, and for classes.
+        """
+        fitted = self._require_fitted()
+        search = None if fitted.pretrained is None else fitted.pretrained.search
+        if search is None or search.unseen_rmse is None:
+            return None
+        return search.unseen_rmse * fitted.scaling.y_std
+
     def layer_context(self):
         """The architecture, its input shape and its partition where known, for the table of layers."""
         if self._fitted is None:

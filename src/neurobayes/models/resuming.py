@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ def run_identity(plan: Any, key: Key, options: PretrainingOptions, sampling: Any
     prepared, warm = plan.prepared, plan.warm
     plain = dataclasses.replace(options, learning_rate=None)
     return fingerprint(
-        prepared.rows, prepared.scaling.to_dict(), plan.weights, _parameters(plan.noise_prior),
+        prepared.rows, prepared.scaling.to_dict(), plan.weights, _density_values(plan.noise_prior),
         type(plan.noise_prior).__name__, sorted(trees.shapes(plan.template).items()), _computation(plan),
         plan.choice, plan.select_config, plan.prior_mean, repr(plan.priors_sigma), repr(plain),
         _rate(options.learning_rate), repr(sampling.engine), sampling.num_warmup, sampling.num_chains, key,
@@ -69,10 +70,13 @@ def _rate(rate: Any) -> Any:
     return np.array([float(rate(step)) for step in _STEPS]) if callable(rate) else repr(rate)
 
 
-def _parameters(distribution: Any) -> list[np.ndarray]:
-    """The numbers of a distribution; its tree also holds objects that print their memory address."""
-    leaves = jax.tree.leaves(distribution)
-    return [np.asarray(leaf) for leaf in leaves if isinstance(leaf, float | int | np.ndarray | np.generic | jax.Array)]
+def _density_values(distribution: Any) -> Any:
+    """A noise prior by its log density at some points; its tree orders its numbers anew in every process."""
+    if distribution is None:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # points outside its support
+        return np.asarray(distribution.log_prob(np.geomspace(1e-3, 1e3, 25, dtype=np.float32)[:, None]))
 
 
 def save_trained(checkpoint: Checkpoint, pretrained: Pretrained) -> None:

@@ -1,0 +1,168 @@
+"""Laplace against closed forms: exact where the model is linear, and its own dense algebra where it is not."""
+
+import jax
+import numpy as np
+import numpyro.distributions as dist
+import pytest
+import scipy.stats
+
+import neurobayes as nb
+from neurobayes import log_density, trees
+from neurobayes.errors import OptionError
+from neurobayes.inference import Laplace
+from neurobayes.inference.laplace import predictive_moments
+from neurobayes.likelihoods import Gaussian
+from neurobayes.networks import as_network
+from neurobayes.partition import Partition
+from neurobayes.priors import WeightPrior
+
+KEY = jax.random.key(3)
+
+
+def run(config, target, num_samples=50):
+    return config.run(KEY, target.log_density, target.start, num_warmup=1, num_samples=num_samples, num_chains=2)
+
+
+@pytest.fixture(scope="module")
+def linear(last_layer):
+    return last_layer("linear", rows=25, hidden=5, noise_std=(0.3, 0.8), prior_std=1.5, seed=4)
+
+
+@pytest.fixture(scope="module")
+def curved():
+    """A small network with all its weights random, and rows to spare."""
+    rng = np.random.default_rng(0)
+    network = as_network(nb.FlaxMLP([3], 1))
+    x = rng.normal(size=(40, 2)).astype(np.float32)
+    y = np.tanh(x[:, :1] - 0.5 * x[:, 1:]) + 0.1 * rng.normal(size=(40, 1)).astype(np.float32)
+    params = {
+        "Dense0": {"bias": rng.normal(size=3), "kernel": rng.normal(size=(2, 3))},
+        "Dense1": {"bias": rng.normal(size=1), "kernel": rng.normal(size=(3, 1))},
+    }
+    params = jax.tree.map(np.float32, params)
+    partition = Partition.from_masks(
+        {path: np.ones(shape, bool) for path, shape in trees.shapes(params).items()}, trees.shapes(params)
+    )
+    prior = WeightPrior(np.zeros(partition.size, np.float32), np.full(partition.size, 2.0, np.float32))
+    density = log_density.build(
+        network, partition, params, {}, x, y, np.ones(40, np.float32),
+        likelihood=Gaussian(), prior=prior, noise_prior=dist.HalfNormal(1.0),
+    )  # fmt: skip
+    theta = np.asarray(partition.split(params))
+    return density, np.append(theta, np.float32(-1.0))
+
+
+@pytest.mark.parametrize("structure", ["full", "low_rank"])
+def test_known_noise_gives_the_exact_posterior(linear, structure):
+    """Low rank too, since the rank here is that of all weights."""
+    gaussian = run(Laplace(structure=structure), linear).info["gaussian"]
+    std = np.sqrt(np.diag(linear.cov))
+    np.testing.assert_allclose(gaussian.mode / std, linear.mean / std, atol=2e-4)
+    np.testing.assert_allclose(gaussian.covariance() / np.outer(std, std), linear.cov / np.outer(std, std), atol=2e-4)
+
+
+def test_diagonal_is_the_diagonal_of_the_precision(linear):
+    gaussian = run(Laplace(structure="diagonal"), linear).info["gaussian"]
+    expected = np.diag(1.0 / np.diag(np.linalg.inv(linear.cov)))
+    np.testing.assert_allclose(gaussian.covariance(), expected, rtol=1e-4)
+
+
+def by_hand(linear, scale=1.0):
+    """Log marginal likelihood of both outputs at a factor on the prior standard deviation, by the rows' covariance."""
+    design = np.linalg.inv(linear.cov) - np.eye(len(linear.mean)) / 1.5**2  # sum of features over noise variance
+    total, terms = 0.0, linear.log_density.terms
+    hidden = np.asarray(linear.log_density.form.hoisted.late(np.eye(len(linear.mean), dtype=np.float32)[0], terms.carry))
+    for k, noise in enumerate((0.3, 0.8)):
+        columns = [
+            np.asarray(linear.log_density.form.outputs(row, terms.carry), float)[:, k]
+            for row in np.eye(len(linear.mean), dtype=np.float32)
+        ]
+        features = np.stack(columns, axis=1)
+        cov = (1.5 * scale) ** 2 * features @ features.T + noise**2 * np.eye(len(features))
+        total += scipy.stats.multivariate_normal.logpdf(np.asarray(terms.y, float)[:, k], cov=cov)
+    assert hidden.shape == (25, 2) and design.shape == linear.cov.shape
+    return total
+
+
+def test_evidence_is_that_of_the_rows(linear):
+    assert run(Laplace(), linear).info["log_evidence"] == pytest.approx(by_hand(linear), abs=2e-3)
+    assert run(Laplace(prior_scale=0.4), linear).info["log_evidence"] == pytest.approx(by_hand(linear, 0.4), abs=2e-3)
+
+
+def test_marginal_likelihood_chooses_the_prior_scale(linear):
+    info = run(Laplace(prior_scale="marginal_likelihood"), linear).info
+    scales = np.exp(np.linspace(-3, 3, 241))
+    best = scales[np.argmax([by_hand(linear, scale) for scale in scales])]
+    assert 0.2 < best < 5 and best != pytest.approx(1.0, rel=0.1)
+    assert info["prior_scale"] == pytest.approx(best, rel=0.08)
+    assert info["log_evidence"] == pytest.approx(by_hand(linear, best), abs=0.02)
+
+
+def test_linearised_moments_are_the_dense_computation(curved):
+    density, start = curved
+    for structure, rank in (("full", 1), ("low_rank", 4), ("diagonal", 1)):
+        config = Laplace(structure=structure, rank=rank)
+        gaussian = config.run(KEY, density, start, num_warmup=1, num_samples=10).info["gaussian"]
+        mean, variance = predictive_moments(gaussian, density.form.hoisted, density.terms.carry)
+        theta = np.asarray(gaussian.mode[: density.form.num_theta], np.float32)
+        jacobian = jax.jacobian(lambda t: density.form.hoisted.late(t, density.terms.carry))(theta)
+        slopes = np.asarray(jacobian, float)[:, 0]
+        np.testing.assert_allclose(
+            variance[:, 0], np.einsum("ni,ij,nj->n", slopes, gaussian.covariance(), slopes), rtol=2e-3
+        )
+        np.testing.assert_allclose(mean, density.form.hoisted.late(theta, density.terms.carry), rtol=1e-5, atol=1e-5)
+
+
+def test_curvature_is_the_gauss_newton_matrix_at_a_mode(curved):
+    density, start = curved
+    posterior = Laplace(structure="full").run(KEY, density, start, num_warmup=1, num_samples=10)
+    gaussian, size = posterior.info["gaussian"], density.form.num_theta
+    mode = gaussian.mode.astype(np.float32)
+    gradient = np.asarray(jax.grad(lambda p: density.form(p, density.terms))(mode))[:size]
+    step = gaussian.covariance() @ gradient  # what is left of a Newton step
+    assert np.all(np.abs(step) < 0.02 * np.sqrt(np.diag(gaussian.covariance())))
+    slopes = np.asarray(jax.jacobian(lambda t: density.form.hoisted.late(t, density.terms.carry))(mode[:size]), float)
+    precision = slopes[:, 0].T @ slopes[:, 0] / np.exp(2 * float(mode[size])) + np.eye(size) / 2.0**2
+    np.testing.assert_allclose(gaussian.covariance() @ precision, np.eye(size), atol=5e-3)
+
+
+def test_draws_have_the_gaussians_moments_and_low_rank_is_never_narrower(curved, disagreement):
+    density, start = curved
+    posterior = Laplace(structure="low_rank", rank=3).run(
+        KEY, density, start, num_warmup=1, num_samples=1500, num_chains=2
+    )
+    gaussian, size = posterior.info["gaussian"], density.form.num_theta
+    assert disagreement(posterior.draws[..., :size], gaussian.mode[:size], gaussian.covariance()) == []
+    full = Laplace(structure="full").run(KEY, density, start, num_warmup=1, num_samples=10).info["gaussian"]
+    assert np.all(np.diag(gaussian.covariance()) > 0.9 * np.diag(full.covariance()))
+
+
+def test_noise_is_not_that_of_the_overfitted_rows():
+    """More weights than rows: the joint mode would explain the noise away."""
+    rng = np.random.default_rng(1)
+    X = rng.uniform(-2, 2, size=(30, 1))
+    y = np.sin(2 * X[:, 0]) + 0.3 * rng.normal(size=30)
+    model = nb.BNN(nb.FlaxMLP([16], 1)) if hasattr(nb, "BNN") else nb.PartialBNN(nb.FlaxMLP([16], 1))
+    model.fit(
+        X, y, num_warmup=1, num_samples=200, sgd_epochs=50, map_sigma=1.0, engine="laplace", progress_bar=False, seed=0
+    )
+    noise = np.sqrt(np.mean(model.posterior_predictive(X).aleatoric_var))
+    assert 0.15 < noise < 0.6
+    assert model.diagnostics().ok
+    assert "Laplace approximation" in model.diagnostics().verdict
+
+
+def test_same_seed_same_draws_and_no_second_compilation(curved):
+    density, start = curved
+    config = Laplace()
+    first = config.run(KEY, density, start, num_warmup=1, num_samples=20, num_chains=2)
+    with jax.log_compiles(False):
+        one_chain = config.run(KEY, density, start, num_warmup=1, num_samples=40)
+    np.testing.assert_array_equal(first.draws.reshape(40, -1), one_chain.draws[0])
+
+
+def test_options_are_checked():
+    with pytest.raises(OptionError, match="structure"):
+        Laplace(structure="kronecker")
+    with pytest.raises(OptionError, match="prior_scale"):
+        Laplace(prior_scale="auto")
