@@ -84,32 +84,32 @@ def _by_row(model: PartialBNN, X: Any, y: Any, seed: int | None) -> dict[str, di
     source, lead = fitted.source, fitted.posterior.draws.shape[:2]
     outputs = predictive.function_draws(source, x, source.theta).astype(float)
     generator = np.random.default_rng(seed or 0)
+    single = fitted.target_ndim == 1
     if model.is_regression:
         mean = fitted.scaling.mean_to_user(outputs)
         noise_std = (source.noise_std * fitted.scaling.y_std)[:, None, :]
         new = mean + noise_std * generator.standard_normal(mean.shape)
-        new = new[..., 0] if fitted.target_ndim == 1 else new
+        new = new[..., 0] if single else new
+        observed = None if y is None else _checks.as_targets(y, len(x), training=False)
+        log_likelihood = None if observed is None else _gaussian(observed.reshape(len(x), -1), mean, noise_std)
     else:
         log_probabilities = _log_softmax(outputs)
-        gumbel = generator.gumbel(size=outputs.shape)
-        new = np.argmax(log_probabilities + gumbel, axis=-1)
+        new = np.argmax(log_probabilities + generator.gumbel(size=outputs.shape), axis=-1)
+        observed = None if y is None else _checks.as_class_labels(y, len(x), outputs.shape[-1], training=False)
+        log_likelihood = None if observed is None else log_probabilities[:, np.arange(len(x)), observed]
     groups = {"posterior_predictive": {"y": new.reshape(*lead, *new.shape[1:])}}
-    if y is None:
-        return groups
-    if model.is_regression:
-        observed = _checks.as_targets(y, len(x), training=False)
-        columns = observed.reshape(len(x), -1)
-        if columns.shape[1] != mean.shape[-1]:
-            raise DataError(f"y has {columns.shape[1]} columns, and the model was fitted to {mean.shape[-1]}.")
-        scaled = (columns - mean) / noise_std
-        log_likelihood = -np.sum(0.5 * scaled**2 + np.log(noise_std) + 0.5 * np.log(2 * np.pi), axis=-1)
-    else:
-        observed = _checks.as_class_labels(y, len(x), outputs.shape[-1], training=False)
-        log_likelihood = log_probabilities[:, np.arange(len(x)), observed]
-    shaped = observed[:, 0] if fitted.target_ndim == 1 and observed.ndim == 2 else observed
-    groups["log_likelihood"] = {"y": log_likelihood.reshape(*lead, -1)}
-    groups["observed_data"] = {"y": shaped}
+    if observed is not None and log_likelihood is not None:
+        groups["log_likelihood"] = {"y": log_likelihood.reshape(*lead, -1)}
+        groups["observed_data"] = {"y": observed[:, 0] if single and observed.ndim == 2 else observed}
     return groups
+
+
+def _gaussian(columns: np.ndarray, mean: np.ndarray, noise_std: np.ndarray) -> np.ndarray:
+    """Log density ``(draws, n)`` of targets ``(n, d)``."""
+    if columns.shape[1] != mean.shape[-1]:
+        raise DataError(f"y has {columns.shape[1]} columns, and the model was fitted to {mean.shape[-1]}.")
+    scaled = (columns - mean) / noise_std
+    return -np.sum(0.5 * scaled**2 + np.log(noise_std) + 0.5 * np.log(2 * np.pi), axis=-1)
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ localization", Bayesian Analysis 16, doi:10.1214/20-BA1221).
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -54,6 +55,37 @@ class Diagnostics:
     def __str__(self) -> str:
         figures = ", ".join(f"{name}={value:.4g}" for name, value in self.summary().items())
         return f"{self.verdict}\n{figures}"
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafDiagnostics:
+    """How well the draws of one leaf's weights mix: the largest and median R-hat, the smallest and median ESS.
+
+    Secondary: chains may disagree about weights that can be exchanged and agree about every prediction.
+    """
+
+    num_weights: int
+    r_hat: float
+    r_hat_median: float
+    ess_bulk: float
+    ess_bulk_median: float
+
+
+def by_leaf(samples: Mapping[str, np.ndarray], *, independent: bool = False) -> dict[str, LeafDiagnostics]:
+    """Diagnostics of draws ``(chain, draw, …)`` by name; ``independent`` as for ``diagnose``."""
+    found = {}
+    for name, values in samples.items():
+        flat = values.reshape(*values.shape[:2], -1)
+        if independent:
+            r_hat, ess = np.ones(1), np.full(1, float(flat.shape[0] * flat.shape[1]))
+        elif flat.shape[1] < 4:
+            r_hat = ess = np.full(1, np.nan)
+        else:
+            r_hat, ess = split_r_hat(flat), effective_sample_size(flat)
+        found[name] = LeafDiagnostics(
+            flat.shape[-1], float(r_hat.max()), float(np.median(r_hat)), float(ess.min()), float(np.median(ess))
+        )
+    return found
 
 
 def effective_sample_size(values: np.ndarray, method: str = "bulk") -> np.ndarray:
@@ -129,8 +161,8 @@ def diagnose(
     verdict = _sentence(complaints, figures)
     if independent and approximation and not complaints:
         verdict = (
-            f"All {num_chains * num_draws} are independent draws of a {approximation} approximation, whose distance from "
-            "the posterior they do not show: compare with engine='nuts' where it matters."
+            f"All {num_chains * num_draws} are independent draws of a {approximation} approximation, whose distance "
+            "from the posterior they do not show: compare with engine='nuts' where it matters."
         )
     elif independent and not complaints:
         verdict = (

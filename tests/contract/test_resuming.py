@@ -307,6 +307,4 @@ def test_interrupted_by_hand_then_continued(tmp_path, uninterrupted, monkeypatch
             )
     assert "interrupted: 40 of 60 draws per chain are kept." in [str(warning.message) for warning in caught]
     assert model.posterior.draws.shape[1] == 40
-    np.testing.assert_array_equal(
-        long_run.fit(tmp_path, NUM_SAMPLES).posterior.draws, uninterrupted.posterior.draws
-    )
+    np.testing.assert_array_equal(long_run.fit(tmp_path, NUM_SAMPLES).posterior.draws, uninterrupted.posterior.draws)

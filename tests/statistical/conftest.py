@@ -321,6 +321,9 @@ class Case:
     slow: bool = False
 
 
+TOO_SKEWED = frozenset({"unknown noise"})
+"""Where a Gaussian is off by 0.6 standard deviations: a budget that wide would let wrong engines pass too."""
+
 ENGINES = [
     Case(name="nuts", engine=NUTS()),
     Case(name="nuts, diagonal mass", engine=NUTS(dense_mass=False), num_samples=1500, slow=True),
@@ -344,22 +347,22 @@ ENGINES = [
     Case(
         name="laplace",
         engine=Laplace(),
+        passed_over=TOO_SKEWED,
         budget={
             "correlated": 0.05,
             "two outputs": 0.1,
-            "unknown noise": 0.6,
             "logistic regression": 0.35,
-            "counts": 0.35,
+            "counts": 0.28,
         },
     ),
     # The nearest Gaussian has the right mean, but is too narrow where the posterior has heavier tails.
     Case(
         name="svi",
         engine=SVI(),
+        passed_over=TOO_SKEWED,
         budget={
             "correlated": 0.1,
             "two outputs": 0.1,
-            "unknown noise": 0.6,
             "logistic regression": 0.1,
             "counts": 0.2,
         },
@@ -368,13 +371,13 @@ ENGINES = [
     Case(
         name="pathfinder",
         engine=Pathfinder(),
+        passed_over=TOO_SKEWED,
         budget={
             "correlated": 0.3,
             "fewer rows than weights": 0.1,
-            "two outputs": 0.45,
-            "unknown noise": 0.65,
+            "two outputs": 0.38,
             "logistic regression": 0.35,
-            "counts": 0.35,
+            "counts": 0.28,
         },
     ),
 ]

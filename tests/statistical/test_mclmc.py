@@ -66,10 +66,10 @@ def test_a_chain_does_not_depend_on_its_neighbours(target):
 
 def test_a_second_run_on_other_data_compiles_nothing(target):
     draw(target)
-    before = mclmc._run_chunk._cache_size(), mclmc._tuned_chains._cache_size()
+    before = mclmc._run_chunk._cache_size(), mclmc.tuned_chains._cache_size()
     terms = target.log_density.terms
     draw(target, density=LogDensity(target.log_density.form, terms._replace(y=terms.y + 1)), seed=1)
-    assert (mclmc._run_chunk._cache_size(), mclmc._tuned_chains._cache_size()) == before
+    assert (mclmc._run_chunk._cache_size(), mclmc.tuned_chains._cache_size()) == before
 
 
 def test_a_warm_start_goes_on_from_the_earlier_adaptation(target):

@@ -8,7 +8,7 @@ import pytest
 from neurobayes import row_blocks
 from neurobayes.checkpoint import Checkpoint
 from neurobayes.errors import OptionError
-from neurobayes.inference import SGMCMC, sgmcmc
+from neurobayes.inference import SGMCMC, _batches, sgmcmc
 from neurobayes.inference.base import RunControl
 from neurobayes.log_density import LogDensity
 
@@ -36,9 +36,9 @@ def padded(density, num_real):
 
 
 def estimates(density, position, num=4000):
-    batches = sgmcmc.make_batches(density, BATCH)
+    batches = _batches.make_batches(density, BATCH)
     real = np.asarray(density.terms.row_weights) > 0
-    data = sgmcmc._Data(density.terms, np.argsort(~real, kind="stable").astype(np.int32), np.float32(real.sum()))
+    data = _batches.Data(density.terms, np.argsort(~real, kind="stable").astype(np.int32), np.float32(real.sum()))
     keys = jax.random.split(jax.random.key(1), num)
     return np.asarray(jax.jit(jax.vmap(lambda key: batches.log_prob(position, key, data)))(keys), float)
 
@@ -65,7 +65,7 @@ def test_recomputed_rows_give_the_same_estimates(target, last_layer, monkeypatch
 def test_what_does_not_follow_the_rows_cannot_be_cut():
     def row_axis(batch_shape, whole_shape):
         shapes = (jax.ShapeDtypeStruct(shape, np.float32) for shape in (batch_shape, whole_shape))
-        return sgmcmc._row_axis(*shapes, BATCH, ROWS, BATCH)
+        return _batches._row_axis(*shapes, BATCH, ROWS, BATCH)
 
     assert row_axis((3, BATCH), (3, ROWS)) == 1
     assert row_axis((3, 4), (3, 4)) is None

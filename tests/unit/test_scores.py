@@ -63,8 +63,10 @@ def test_ggn_is_the_full_one_whatever_the_chunks(case, values_per_chunk, monkeyp
     expected = np.zeros(len(FLAT))
     for i in range(N):
         jacobian = np.asarray(jax.jacobian(outputs_of)(FLAT, X[i]), float)
-        curvature = np.asarray(jax.hessian(
-            lambda f, i=i: -likelihood.log_prob(f[None], y[i : i + 1], NOISE)[0])(outputs_of(FLAT, X[i])), float)
+        curvature = np.asarray(
+            jax.hessian(lambda f, i=i: -likelihood.log_prob(f[None], y[i : i + 1], NOISE)[0])(outputs_of(FLAT, X[i])),
+            float,
+        )
         expected += np.diag(jacobian.T @ curvature @ jacobian)
     np.testing.assert_allclose(ravel_pytree(got)[0], expected, rtol=1e-4, atol=1e-5)
 
@@ -117,7 +119,8 @@ def test_top_by_a_data_score_needs_no_statistics_and_takes_the_highest(by):
     assert model.num_bayesian_weights == 3
     network = as_network(nb.FlaxMLP([4], 1))
     scaled = Rows(
-        (X - X.mean(0)) / X.std(0), ((NUMBERS[:, :1] - NUMBERS[:, :1].mean()) / NUMBERS[:, :1].std()),
+        (X - X.mean(0)) / X.std(0),
+        ((NUMBERS[:, :1] - NUMBERS[:, :1].mean()) / NUMBERS[:, :1].std()),
         np.ones(N, np.float32),
     )
     outputs = network.apply(params, {}, scaled.x)
@@ -159,8 +162,11 @@ def test_averaged_variance_is_the_variance_of_the_snapshots():
         program, jax.random.key(0), batch, settings, learning_rates=rates, collect=collect, params=PARAMS
     )
     snapshots = [
-        ravel_pytree(training.train(program, jax.random.key(0), batch, settings, learning_rates=rates[:k],
-                                    params=PARAMS)[0].params)[0]
+        ravel_pytree(
+            training.train(program, jax.random.key(0), batch, settings, learning_rates=rates[:k], params=PARAMS)[
+                0
+            ].params
+        )[0]
         for k in (2, 3, 4)
     ]
     np.testing.assert_allclose(

@@ -117,6 +117,7 @@ def dense_ggn(likelihood, y, network=NETWORK, params=PARAMS):
     flat, unravel = ravel_pytree(params)
     total = np.zeros((len(flat), len(flat)))
     for i in range(len(X)):
+
         def outputs(flat, i=i):
             return network.apply(unravel(flat), {}, X[i : i + 1])[0]
 
@@ -167,8 +168,16 @@ def test_snapshots_that_do_not_move_raise():
 
 
 def collect(choice, **changed):
-    arguments = {"network": NETWORK, "params": PARAMS, "state": STATE, "rows": ROWS, "likelihood": Gaussian(),
-                 "noise_std": NOISE, "prior_precision": 1.0, **changed}
+    arguments = {
+        "network": NETWORK,
+        "params": PARAMS,
+        "state": STATE,
+        "rows": ROWS,
+        "likelihood": Gaussian(),
+        "noise_std": NOISE,
+        "prior_precision": 1.0,
+        **changed,
+    }
     return directions.collect_snapshots(choice, jax.random.key(4), **arguments)
 
 

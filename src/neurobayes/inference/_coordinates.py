@@ -13,7 +13,7 @@ MAX_ROTATED = 100
 
 
 class Coordinates(NamedTuple):
-    """position = centre + scale @ latent; ``scale`` is ``(size,)``, a diagonal, or ``(size, size)`` lower triangular."""
+    """position = centre + scale @ latent; ``scale`` is ``(size,)``, a diagonal, or triangular ``(size, size)``."""
 
     centre: Any
     scale: Any

@@ -101,6 +101,7 @@ class _Run:
 
     def loop(self) -> str:
         """Chunks until the end or a stopping rule; why it ended."""
+        reason = None
         for stage, total in self.totals.items():
             reason = self._stopping_reason() if stage == "sampling" else None
             while reason is None and self.counters[stage] < total:

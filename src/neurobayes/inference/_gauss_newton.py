@@ -219,7 +219,7 @@ class GaussianApproximation:
 
 
 def predictive_moments(gaussian: GaussianApproximation, hoisted: Any, carry: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Mean ``f(x; mode)`` and variance ``J cov J^T`` of the linearised network, noise not included, each ``(n, outputs)``.
+    """Mean ``f(x; mode)`` and variance ``J cov J^T`` of the linearised network, without noise, each ``(n, outputs)``.
 
     Draws of the weights put through the network itself have a larger variance
     where it is curved within the Gaussian's width (Immer, Korzepa & Bauer 2021,

@@ -31,6 +31,7 @@ class RunControl:
     seconds : sampling ends after this much wall-clock time.
     is_enough : sampling ends when this holds for the draws so far, ``(chain, draw, size)``.
     warm_start : ``Posterior.adaptation`` of an earlier run over the same position, to start from.
+    enough_independent : draws of each chain that satisfy every stopping rule, provided they are independent.
     """
 
     on_progress: ProgressCallback | None = None
@@ -38,6 +39,11 @@ class RunControl:
     seconds: float | None = None
     is_enough: Callable[[np.ndarray], bool] | None = None
     warm_start: dict[str, Any] | None = None
+    enough_independent: int | None = None
+
+    def independent_draws(self, num_samples: int) -> int:
+        """How many draws of each chain to make where draws are independent, at most ``num_samples``."""
+        return num_samples if self.enough_independent is None else min(num_samples, self.enough_independent)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

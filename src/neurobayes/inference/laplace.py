@@ -43,7 +43,11 @@ GRADIENT_TOLERANCE = 1e-4
 """On the whitened weights: the mode is this near, in prior standard deviations, or nearer."""
 
 MAX_STALLED = 10
+MAX_CURVATURES = 3
 NUM_NEWTON_STEPS = 2
+NEGLIGIBLE_DISTANCE = 0.02
+"""Newton steps after L-BFGS, which take the curvature anew while they go further than this."""
+
 SCALE_GRID = np.exp(np.linspace(-4.0, 4.0, 161))
 
 
@@ -96,10 +100,11 @@ class Laplace(Engine):
         form = log_density.form
         if form.num_noise and type(form.likelihood) is not Gaussian:
             raise OptionError(
-                f"engine='laplace' knows how to place Gaussian noise only, not that of {type(form.likelihood).__name__}. "
+                f"engine='laplace' places Gaussian noise only, not that of {type(form.likelihood).__name__}. "
                 "Use engine='nuts'."
             )
         started = time.perf_counter()
+        num_samples = control.independent_draws(num_samples)
         search = _Search(self, key, log_density, np.asarray(start, np.float32))
         search.run(control)
         words = [int(word) for word in np.asarray(jax.random.key_data(key)).ravel()]
@@ -175,15 +180,30 @@ class _Search:
                 "likelihood without an upper bound. Look at the inputs, or lower priors_sigma."
             )
         self.num_iterations += int(iterations)
-        found = spectrum(form, self.key, u, self.noise, terms, self.structure, self.config.rank)
-        for _ in range(NUM_NEWTON_STEPS):  # float32 line searches stop early; where the model is linear this is exact
-            _, gradient = _value_and_gradient(form, u, self.noise, terms)
-            moved = np.asarray(u + solve(found, np.asarray(gradient, float)), np.float32)
-            new_value = float(_value_and_gradient(form, moved, self.noise, terms)[0])
-            if not new_value >= float(value) - 1e-6 * abs(float(value)):
+        for _ in range(MAX_CURVATURES):
+            self.spectrum = spectrum(form, self.key, u, self.noise, terms, self.structure, self.config.rank)
+            u, distance = self._newton(np.asarray(u))
+            if distance < NEGLIGIBLE_DISTANCE:
                 break
-            u, value = moved, new_value
-        self.u, self.spectrum = np.asarray(u), found
+        self.u = u
+
+    def _newton(self, u: np.ndarray) -> tuple[np.ndarray, float]:
+        """Steps with the curvature held, and how far the first went in posterior standard deviations.
+
+        Line searches in float32 stop early; where the model is linear, these steps are exact.
+        """
+        form, terms, distance = self.form, self.terms, 0.0
+        value, gradient = _value_and_gradient(form, u, self.noise, terms)
+        for _ in range(NUM_NEWTON_STEPS):
+            gradient = np.asarray(gradient, float)
+            step = solve(self.spectrum, gradient)
+            moved = np.asarray(u + step, np.float32)
+            new_value, new_gradient = _value_and_gradient(form, moved, self.noise, terms)
+            if not float(new_value) >= float(value) - 1e-6 * abs(float(value)):
+                break
+            distance = max(distance, float(np.sqrt(step @ gradient)))
+            u, value, gradient = moved, new_value, new_gradient
+        return u, distance
 
     def _best_noise(self) -> np.ndarray:
         form, terms = self.form, self.terms
@@ -223,7 +243,9 @@ class _Search:
         terms = self.terms
         mode = np.asarray(to_position(self.u, self.noise, terms), float)
         values, vectors, _ = self.spectrum
-        return GaussianApproximation(mode, np.asarray(terms.prior.std, float), values, vectors, self.noise_cov, np.zeros(0))
+        return GaussianApproximation(
+            mode, np.asarray(terms.prior.std, float), values, vectors, self.noise_cov, np.zeros(0)
+        )
 
     def log_evidence(self) -> float:
         """Laplace's approximation to the log marginal likelihood, in nats."""

@@ -88,6 +88,7 @@ class LastLayer(Engine):
     ) -> Posterior:
         """The posterior of a regression problem that ``examine`` has found."""
         started = time.perf_counter()
+        num_samples = control.independent_draws(num_samples)
         spectra = _spectra(design)
         scales = self._integrate(spectra, noise_prior)
         outputs = _mixtures(design, spectra, scales)

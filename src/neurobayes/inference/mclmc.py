@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,21 +23,25 @@ import numpy as np
 from .. import _checks
 from .._typing import Key
 from ..errors import OptionError, TrainingError
-from ..log_density import Form, LogDensity
+from ..log_density import LogDensity
 from ..posterior import Posterior
 from . import _blackjax
 from ._driver import CHUNK, advance, map_chains
+from ._microcanonical import (
+    MAX_ATTEMPTS,
+    MIN_TUNING_STEPS,
+    ChainState,
+    Kernel,
+    Start,
+    log_prob_of,
+    start_chains,
+    transition_of,
+    tuned_chains,
+)
 from .base import Engine, RunControl
 from .collapse import CollapsedForm, collapsed_form, complete_draws
 from .curvature import inverse_mass
 
-MAX_ATTEMPTS = 4
-"""Tuning runs before it is given up; each starts with a quarter of the step size of the one before."""
-
-FROZEN_RATIO = 1e-2
-"""A tuned step that crosses less than this part of a decoherence length in the whole tuning run has collapsed."""
-
-MIN_TUNING_STEPS = 100
 _GRADIENTS_PER_STEP = 2  # McLachlan's integrator
 
 
@@ -133,61 +137,21 @@ class MCLMC(Engine):
         """Kernel calls per stored draw; an adjusted one is a whole trajectory."""
         return max(1, round(self.thinning / self.trajectory_steps)) if self.adjusted else self.thinning
 
-    def _states(self, kernel: "Kernel", key, start, mass, terms, num_chains: int, control: RunControl) -> "ChainState":
+    def _states(self, kernel: Kernel, key, start, mass, terms, num_chains: int, control: RunControl) -> ChainState:
         """Tuned chains; those of an earlier run as they were; or a frame for what a checkpoint holds."""
         if control.warm_start:
-            return _start_chains(
+            return start_chains(
                 kernel, key, np.float32(0), _warm_start(control.warm_start, num_chains, len(start)), terms
             )
         positions, scales = np.tile(start, (num_chains, 1)), np.tile(np.sqrt(mass), (num_chains, 1))
         steps = np.full(num_chains, 0.25 * math.sqrt(len(start)), np.float32)
-        first = _Start(positions, scales, np.ones_like(scales), steps, 4 * steps)
+        first = Start(positions, scales, np.ones_like(scales), steps, 4 * steps)
         arguments = (kernel, key, np.float32(self.jitter), first, terms)
         if control.checkpoint is not None and control.checkpoint.load() is not None:
-            return _start_chains(*arguments)
-        states = _tuned_chains(*arguments)
+            return start_chains(*arguments)
+        states = tuned_chains(*arguments)
         _require_tuned(states, kernel)
         return states
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """The static part of a run: equal kernels share compiled programs."""
-
-    form: Form | CollapsedForm
-    adjusted: bool
-    num_tuning: int
-    transitions: int
-    energy_var: float
-    target_accept: float
-    trajectory_steps: int
-    diagonal: bool
-
-
-class _Start(NamedTuple):
-    """What chains start from, each with a leading chain axis."""
-
-    position: Any
-    scale: Any
-    inverse_mass: Any
-    step_size: Any
-    L: Any
-
-
-class ChainState(NamedTuple):
-    """One chain between two draws: BlackJAX's own state, the random key, and what tuning has found.
-
-    BlackJAX sees positions divided by ``scale``: its tuners assume spreads of about one at the start.
-    """
-
-    inner: Any
-    key: Any
-    scale: Any
-    L: Any
-    step_size: Any
-    inverse_mass: Any
-    attempts: Any
-    tuned: Any
 
 
 class _Group:
@@ -228,7 +192,7 @@ def _judging_full_draws(control: RunControl, form: CollapsedForm, key, terms) ->
     return dataclasses.replace(control, is_enough=lambda x: is_enough(_completed(form, key, x, terms)))
 
 
-def _warm_start(adaptation: dict[str, Any], num_chains: int, size: int) -> _Start:
+def _warm_start(adaptation: dict[str, Any], num_chains: int, size: int) -> Start:
     """Positions, scales, step sizes and decoherence lengths of an earlier run, its chains reused in turn."""
     if "L" not in adaptation or adaptation["position"].shape[1] != size:
         raise OptionError(
@@ -236,7 +200,7 @@ def _warm_start(adaptation: dict[str, Any], num_chains: int, size: int) -> _Star
             "Fit without warm_start."
         )
     chains = np.arange(num_chains) % len(adaptation["position"])
-    return _Start(*(adaptation[name][chains] for name in _Start._fields))
+    return Start(*(adaptation[name][chains] for name in Start._fields))
 
 
 def _require_tuned(states: ChainState, kernel: Kernel) -> None:
@@ -247,109 +211,6 @@ def _require_tuned(states: ChainState, kernel: Kernel) -> None:
             f"{kernel.num_tuning} steps (chains {', '.join(map(str, failed))}). Raise num_warmup, give a noise prior "
             "that stays away from zero, or use engine='nuts'."
         )
-
-
-@functools.lru_cache(maxsize=64)
-def _transition(adjusted: bool, energy_var: float):
-    """BlackJAX's transition; the adjusted one draws its trajectory lengths from a low-discrepancy sequence."""
-    blackjax = _blackjax.load("engine='mclmc'")
-    if not adjusted:
-        return blackjax.mclmc.build_kernel(desired_energy_var=energy_var)
-    return blackjax.adjusted_mclmc_dynamic.build_kernel(
-        integration_steps_fn=_trajectory_steps, next_random_arg_fn=lambda count: count + 1
-    )
-
-
-def _trajectory_steps(count, average):
-    """Between 1 and about twice ``average``, equally distributed: multiples of the golden ratio, modulo one."""
-    fraction = (count.astype(jnp.uint32) * jnp.uint32(2654435769)).astype(jnp.float32) / 2.0**32
-    return jnp.maximum(jnp.ceil(fraction * (2.0 * average - 1.0)), 1.0).astype(jnp.int32)
-
-
-def _inner(kernel: Kernel, key, position, log_prob):
-    blackjax = _blackjax.load("engine='mclmc'")
-    if kernel.adjusted:
-        return blackjax.adjusted_mclmc_dynamic.init(position, log_prob, jnp.uint32(1))
-    return blackjax.mclmc.init(position, log_prob, key)
-
-
-def _log_prob(kernel: Kernel, scale, terms):
-    return lambda scaled: kernel.form(scaled * scale, terms)
-
-
-def _first_state(kernel: Kernel, key, index, first: _Start, jitter, terms) -> ChainState:
-    """A chain before tuning; chain c depends on the seed and c alone."""
-    key_jitter, key_inner, key_run = jax.random.split(jax.random.fold_in(key, index), 3)
-    moved = jitter * kernel.form.position_scale(terms) * jax.random.normal(key_jitter, first.position.shape)
-    inner = _inner(kernel, key_inner, (first.position + moved) / first.scale, _log_prob(kernel, first.scale, terms))
-    return ChainState(
-        inner, key_run, first.scale, first.L, first.step_size, first.inverse_mass, jnp.int32(0), jnp.bool_(False)
-    )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _start_chains(kernel: Kernel, key, jitter, first: _Start, terms) -> ChainState:
-    indices = jnp.arange(len(first.position))
-    return map_chains(lambda chain: _first_state(kernel, key, *chain, jitter, terms), (indices, first))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _tuned_chains(kernel: Kernel, key, jitter, first: _Start, terms) -> ChainState:
-    """Chains with step size, decoherence length and scales tuned, at the end of their tuning run.
-
-    BlackJAX's tuner goes on over non-finite and frozen runs in silence. Such a
-    run is repeated from where the chain is, with a quarter of the step size.
-    """
-
-    def one(chain):
-        first = _first_state(kernel, key, *chain, jitter, terms)
-
-        def attempt(state: ChainState) -> ChainState:
-            key_next, key_tune = jax.random.split(state.key)
-            shrunk = first.step_size * 0.25**state.attempts
-            tuned = _tune(kernel, key_tune, first._replace(inner=state.inner, step_size=shrunk), terms)
-            ok = _is_tuned(kernel, tuned, shrunk)
-            usable = jnp.all(jnp.isfinite(tuned.inner.position)) & jnp.isfinite(tuned.inner.logdensity)
-            inner = jax.tree.map(lambda new, old: jnp.where(usable, new, old), tuned.inner, first.inner)
-            return tuned._replace(inner=inner, key=key_next, attempts=state.attempts + 1, tuned=ok)
-
-        return jax.lax.while_loop(lambda s: ~s.tuned & (s.attempts < MAX_ATTEMPTS), attempt, first)
-
-    return map_chains(one, (jnp.arange(len(first.position)), first))
-
-
-def _is_tuned(kernel: Kernel, state: ChainState, first_step):
-    """Whether a tuning run moved, changed its step size, and ended with usable numbers."""
-    values = jnp.concatenate([state.L[None], state.step_size[None], state.inverse_mass])
-    positive = jnp.all(jnp.isfinite(values) & (values > 0)) & jnp.isfinite(state.inner.logdensity)
-    moves = state.step_size * kernel.num_tuning >= FROZEN_RATIO * state.L
-    return positive & moves & (state.step_size != first_step)
-
-
-def _tune(kernel: Kernel, key, state: ChainState, terms) -> ChainState:
-    """One run of BlackJAX's tuner. Its fractions are of the tuning run itself, whose length they add up to."""
-    blackjax = _blackjax.load("engine='mclmc'")
-    from_ = blackjax.adaptation.mclmc_adaptation.MCLMCAdaptationState(state.L, state.step_size, state.inverse_mass)
-    common = {
-        "mclmc_kernel": _transition(kernel.adjusted, kernel.energy_var),
-        "num_steps": kernel.num_tuning,
-        "state": state.inner,
-        "rng_key": key,
-        "logdensity_fn": _log_prob(kernel, state.scale, terms),
-        "diagonal_preconditioning": kernel.diagonal,
-        "params": from_,
-    }
-    if kernel.adjusted:
-        inner, found, *_ = blackjax.adjusted_mclmc_find_L_and_step_size(
-            target=kernel.target_accept, target_num_integration_steps=float(kernel.trajectory_steps),
-            frac_tune1=0.25, frac_tune2=0.5, frac_tune3=0.0, **common,
-        )  # fmt: skip
-    else:
-        inner, found, _ = blackjax.mclmc_find_L_and_step_size(
-            desired_energy_var=kernel.energy_var, frac_tune1=0.3, frac_tune2=0.3, frac_tune3=0.3, **common
-        )
-    as_before = [jnp.asarray(value, jnp.float32) for value in found]
-    return state._replace(inner=inner, L=as_before[0], step_size=as_before[1], inverse_mass=as_before[2])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -375,8 +236,8 @@ def _run_chunk(kernel: Kernel, states: ChainState, terms, num_steps):
 def _draw(kernel: Kernel, state: ChainState, terms) -> tuple[ChainState, dict[str, Any]]:
     """All transitions of one stored draw, and their joint report."""
     key_next, key_draw = jax.random.split(state.key)
-    transition = _transition(kernel.adjusted, kernel.energy_var)
-    dim, log_prob = state.inner.position.shape[-1], _log_prob(kernel, state.scale, terms)
+    transition = transition_of(kernel.adjusted, kernel.energy_var, kernel.trajectory_steps)
+    dim, log_prob = state.inner.position.shape[-1], log_prob_of(kernel, state.scale, terms)
 
     def adjusted(inner, key):
         average = state.L / state.step_size

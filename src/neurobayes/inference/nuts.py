@@ -28,7 +28,7 @@ DENSE_MASS_LIMIT = 100
 
 CHAIN_METHODS = ("vectorized", "parallel", "sequential")
 SHORTEST_MASS_WARMUP = 150
-"""A warm start keeps the mass matrix it was given in a warm-up shorter than this, too short to estimate a better one."""
+"""A warm start keeps the mass matrix it was given in a shorter warm-up, which could not estimate a better one."""
 
 _STATS = ("diverging", "num_steps", "accept_prob", "energy", "potential_energy")
 

@@ -73,6 +73,7 @@ class Pathfinder(Engine):
     ) -> Posterior:
         _blackjax.load("engine='pathfinder'")
         started = time.perf_counter()
+        num_samples = control.independent_draws(num_samples)
         form, terms = log_density.form, log_density.terms
         key_scale, key_draw, key_paths = _split(key)
         coordinates = by_curvature(form, key_scale, np.asarray(start, np.float32), terms)

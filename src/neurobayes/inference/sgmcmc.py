@@ -25,13 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import _checks
-from .._typing import Array, Key
+from .._typing import Key
 from ..errors import OptionError
-from ..hoisting import Hoisted
-from ..log_density import Form, LogDensity, Terms
+from ..log_density import Form, LogDensity
 from ..posterior import Posterior
-from ..row_blocks import Recomputed
 from . import _blackjax
+from ._batches import Batches, Data, make_batches
 from ._driver import CHUNK, advance, map_chains
 from .base import Engine, RunControl
 from .curvature import NUM_PROBES, inverse_mass, simulated_scores
@@ -105,7 +104,7 @@ class SGMCMC(Engine):
         _blackjax.load("engine='sgmcmc'")
         terms, start = log_density.terms, np.asarray(start, np.float32)
         real = np.asarray(terms.row_weights) > 0
-        data = _Data(terms, np.argsort(~real, kind="stable").astype(np.int32), np.float32(real.sum()))
+        data = Data(terms, np.argsort(~real, kind="stable").astype(np.int32), np.float32(real.sum()))
         batches = make_batches(log_density, self.batch_size)
         kernel = Kernel(batches, self.method, self.schedule, self.thinning, self.cycle_draws, self.exploration,
                         self.friction, self.temperature)  # fmt: skip
@@ -143,97 +142,6 @@ class SGMCMC(Engine):
             return 2.0 * WIDENING / (curvature * (1.0 + noise))
         by_friction = self.friction + curvature * noise / self.friction
         return 2.0 * WIDENING / (by_friction + (WIDENING * curvature) ** 0.5)
-
-
-# --- mini-batches
-
-
-@dataclasses.dataclass(frozen=True)
-class Batches:
-    """The log joint density estimated from some of the rows.
-
-    ``axes`` says for every array the frozen part leaves behind which of its axes follows the rows, None for none.
-    """
-
-    form: Form
-    size: int
-    num_rows: int
-    part: Hoisted | None
-    axes: tuple[int | None, ...]
-
-    def log_prob(self, position: Array, key: Key, data: "_Data") -> Array:
-        """An unbiased estimate from rows drawn with ``key``; the exact value where a batch holds all rows."""
-        terms, form = data.terms, self.form
-        if self.size == self.num_rows:
-            return form(position, terms)
-        # Padded rows are last in ``order`` and are never drawn.
-        drawn = jnp.floor(jax.random.uniform(key, (self.size,)) * data.num_real).astype(jnp.int32)
-        rows = jnp.asarray(data.order)[jnp.minimum(drawn, jnp.int32(data.num_real) - 1)]
-        outputs = self.outputs(position[: form.num_theta], terms.carry, rows)
-        noise_std = form.noise_std(position, terms.noise_prior)
-        each = form.likelihood.log_prob(outputs, jnp.asarray(terms.y)[rows], noise_std)
-        weighted = jnp.sum(jnp.asarray(terms.row_weights)[rows] * each)
-        return form.log_prior(position, terms) + data.num_real / self.size * weighted
-
-    def outputs(self, theta: Array, carry: Any, rows: Array) -> Array:
-        """The network's outputs for the chosen training rows."""
-        hoisted = self.form.hoisted
-        if isinstance(hoisted, Recomputed):
-            partition, params, state = jax.tree.unflatten(hoisted.tree, carry[:-1])
-            x = carry[-1].reshape(-1, *carry[-1].shape[2:])[rows]
-            return hoisted.network.apply(partition.merge(theta, params), state, x)
-        assert self.part is not None
-        pairs = zip(carry, self.axes, strict=True)
-        return self.part.late(theta, [a if axis is None else jnp.take(a, rows, axis=axis) for a, axis in pairs])
-
-
-def make_batches(log_density: LogDensity, batch_size: int) -> Batches:
-    """Batches of ``batch_size`` rows of the density's data.
-
-    Raises
-    ------
-    OptionError
-        Where what the frozen part leaves behind cannot be cut into rows.
-    """
-    form, hoisted = log_density.form, log_density.form.hoisted
-    num_rows = len(log_density.terms.row_weights)
-    size = min(batch_size, num_rows)
-    if size == num_rows or isinstance(hoisted, Recomputed):
-        return Batches(form, size, num_rows, None, ())
-    part = hoisted.resized(size)
-    if len(part.carry_avals) != len(hoisted.carry_avals):
-        raise _cannot_split(batch_size)
-    pairs = zip(part.carry_avals, hoisted.carry_avals, strict=True)
-    return Batches(form, size, num_rows, part, tuple(_row_axis(a, b, size, num_rows, batch_size) for a, b in pairs))
-
-
-def _row_axis(part: Any, whole: Any, size: int, num_rows: int, batch_size: int) -> int | None:
-    if part.ndim != whole.ndim:
-        raise _cannot_split(batch_size)
-    axes = [axis for axis, (a, b) in enumerate(zip(part.shape, whole.shape, strict=True)) if a != b]
-    if not axes:
-        return None
-    if len(axes) > 1 or (part.shape[axes[0]], whole.shape[axes[0]]) != (size, num_rows):
-        raise _cannot_split(batch_size)
-    return axes[0]
-
-
-def _cannot_split(batch_size: int) -> OptionError:
-    return OptionError(
-        f"batch_size={batch_size} cannot be used: the network mixes its rows before the Bayesian weights enter, so "
-        "its intermediate results cannot be cut into rows. Use engine='nuts', or a batch_size of all rows."
-    )
-
-
-class _Data(NamedTuple):
-    """What a compiled step reads: the density's terms, the real rows before the padded ones, and their number."""
-
-    terms: Terms
-    order: Any
-    num_real: Any
-
-
-# --- chains
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +183,7 @@ class ChainState(NamedTuple):
 class _Group:
     """Chains that advance together."""
 
-    def __init__(self, kernel: Kernel, state: ChainState, data: _Data):
+    def __init__(self, kernel: Kernel, state: ChainState, data: Data):
         self.kernel, self.state, self.data = kernel, state, data
 
     def dispatch(self, num_steps: int, sampling: bool) -> Any:
@@ -322,7 +230,7 @@ def _start_chains(kernel: Kernel, key, positions, jitter, scale, step_size, term
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run_chunk(kernel: Kernel, states: ChainState, data: _Data, num_steps, sampling):
+def _run_chunk(kernel: Kernel, states: ChainState, data: Data, num_steps, sampling):
     """``num_steps <= CHUNK`` stored draws of each chain: (states, positions, reports), padded to CHUNK."""
 
     def one(state):
@@ -343,7 +251,7 @@ def _run_chunk(kernel: Kernel, states: ChainState, data: _Data, num_steps, sampl
     return map_chains(one, states)
 
 
-def _draw(kernel: Kernel, state: ChainState, data: _Data, sampling) -> tuple[ChainState, dict[str, Any]]:
+def _draw(kernel: Kernel, state: ChainState, data: Data, sampling) -> tuple[ChainState, dict[str, Any]]:
     """The steps that lead to one stored draw, and their report."""
     key_next, key_steps = jax.random.split(state.key)
     first, last = _steps_of_draw(kernel, state.num_draws, sampling)
@@ -387,7 +295,7 @@ def _at_step(kernel: Kernel, step, step_size, sampling):
     return jnp.where(sampling, cosine, step_size), jnp.where(exploring, 0.0, warm)
 
 
-def _step(kernel: Kernel, key, scaled, momentum, scale, step_size, temperature, data: _Data):
+def _step(kernel: Kernel, key, scaled, momentum, scale, step_size, temperature, data: Data):
     """One step along a mini-batch gradient; one that would leave the finite numbers is not taken."""
     diffusions = _blackjax.load("engine='sgmcmc'").sgmcmc.diffusions
     key_rows, key_noise = jax.random.split(key)

@@ -80,6 +80,7 @@ class SVI(Engine):
         control: RunControl = RunControl(),  # noqa: B008 - frozen
     ) -> Posterior:
         started = time.perf_counter()
+        num_samples = control.independent_draws(num_samples)
         size = log_density.size
         if self.guide == "flow" and not 2 <= size <= MAX_FLOW:
             raise OptionError(

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from .. import _checks, predictive, selectors
-from ..diagnostics import Diagnostics
+from ..diagnostics import Diagnostics, LeafDiagnostics, by_leaf
 from ..errors import ConvergenceError, ConvergenceWarning, NotFittedError, OptionError
 from ..inference.base import Engine
 from ..posterior import Posterior
@@ -311,6 +311,10 @@ class PartialBNN:
         """R-hat and effective sample sizes of predictions and noise, divergences, and a verdict."""
         return self._require_fitted().diagnostics
 
+    def layer_diagnostics(self) -> dict[str, LeafDiagnostics]:
+        """R-hat and effective sample sizes of the weights, by leaf; ``diagnostics`` decides about trust."""
+        return by_leaf(self.get_samples(chain_dim=True), independent=self.posterior.info.get("independent", False))
+
     def deterministic_predict(self, X: Any) -> np.ndarray:
         """What the trained network predicts without any Bayesian part: values, or class probabilities."""
         fitted, x = self._inputs(X)
@@ -370,6 +374,8 @@ class PartialBNN:
         if isinstance(warm_start, PartialBNN):
             if warm_start._network != self._network:
                 raise OptionError("warm_start is a model of another network. Give a fit of the same network.")
+            if self._chosen and warm_start._choice != self._choice:
+                raise OptionError(f"warm_start has other Bayesian weights: {warm_start._choice!r}. Choose these.")
             return warm_start._require_fitted()
         if warm_start not in (False, None):
             raise OptionError(f"warm_start must be True, False or a fitted PartialBNN, got {warm_start!r}.")

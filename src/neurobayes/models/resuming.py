@@ -67,7 +67,7 @@ def _computation(plan: Any) -> str:
 
 def _rate(rate: Any) -> Any:
     """A learning rate, or a schedule's values at some steps: all schedules of one kind bear the same name."""
-    return np.array([float(rate(step)) for step in _STEPS]) if callable(rate) else repr(rate)
+    return np.array([np.asarray(rate(step), float) for step in _STEPS]) if callable(rate) else repr(rate)
 
 
 def _density_values(distribution: Any) -> Any:

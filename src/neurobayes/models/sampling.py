@@ -23,6 +23,9 @@ from .progress import Report
 NUM_REFERENCE_ROWS = 64
 """Training rows at which convergence of the predicted function is judged."""
 
+NO_TREE = 60
+"""Tree depth that no run reaches, for engines whose draws are made without one."""
+
 DEFAULT_SAMPLES = 1000
 MOST_SAMPLES = 50_000
 """Draws per chain at which a run with a stopping rule ends in any case."""
@@ -56,10 +59,12 @@ class Until:
 
     def holds(self, quantities: np.ndarray) -> bool:
         """Whether draws ``(chain, draw, quantity)`` are good enough in every quantity that varies."""
+        if not np.all(np.isfinite(quantities)):
+            return False
         varying = quantities[..., np.ptp(quantities, axis=(0, 1)) > 0]
         if varying.shape[-1] == 0 or varying.shape[1] < 4:
             return False
-        if not effective_sample_size(varying).min() > self.ess:  # also when it is not a number
+        if not effective_sample_size(varying).min() > self.ess:  # also where it is not a number
             return False
         return bool(np.isinf(self.r_hat) or split_r_hat(varying).max() < self.r_hat)
 
@@ -99,6 +104,13 @@ class Sampling:
         config = engine_config(engine, chain_method)
         return cls(config, num_warmup, num_samples, num_chains, rule, seconds, checkpoint_dir)
 
+    @property
+    def enough_independent(self) -> int | None:
+        """Independent draws of each chain with which every stopping rule holds; None without a rule."""
+        if self.until is None and self.seconds is None:
+            return None
+        return max(DEFAULT_SAMPLES, 0 if self.until is None else int(self.until.ess) + 1)
+
 
 def engine_config(engine: Any, chain_method: str) -> Engine:
     """The engine behind a name or a config; ``"auto"`` where none is given."""
@@ -135,7 +147,7 @@ def sample(
         return Posterior(np.zeros((*shape, 0), np.float32), {"diverging": np.zeros(shape, bool)}, {"engine": "none"})
     control = RunControl(
         on_progress=report, checkpoint=checkpoint, seconds=sampling.seconds, is_enough=is_enough,
-        warm_start=warm_start or None,
+        warm_start=warm_start or None, enough_independent=sampling.enough_independent,
     )  # fmt: skip
     return sampling.engine.run(
         key, density, start, num_warmup=sampling.num_warmup, num_samples=sampling.num_samples,
@@ -179,7 +191,7 @@ def judge(prepared: Prepared, source: Source, posterior: Posterior) -> Diagnosti
     """Convergence of predicted values at reference rows, and of the noise."""
     quantities, info = reference_quantities(prepared, source, posterior.num_chains), posterior.info
     return diagnose(
-        quantities, posterior.stats, info.get("max_tree_depth", 10),
+        quantities, posterior.stats, info.get("max_tree_depth", NO_TREE),
         independent=info.get("independent", False), approximation=info.get("approximation", ""),
     )  # fmt: skip
 
