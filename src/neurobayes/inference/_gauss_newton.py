@@ -46,7 +46,7 @@ class Spectrum(NamedTuple):
     by_noise: np.ndarray
 
 
-def to_position(u: Array, noise: Array, terms: Terms) -> Array:
+def to_position(u: Any, noise: Any, terms: Terms) -> Array:
     """The position for whitened weights and unconstrained noise."""
     return jnp.concatenate([jnp.asarray(terms.prior.mean) + jnp.asarray(terms.prior.std) * u, noise])
 

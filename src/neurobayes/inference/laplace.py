@@ -279,7 +279,7 @@ def _optimise(form: Form, max_iterations: int, u: Array, noise: Array, terms: Te
         u, state, count, stalled, _ = carry
         value, gradient = value_and_grad(u, state=state)
         updates, state = solver.update(gradient, state, u, value=value, grad=gradient, value_fn=loss)
-        u = optax.apply_updates(u, updates)
+        u = jnp.asarray(optax.apply_updates(u, updates))
         new_value, new_gradient = optax.tree.get(state, "value"), optax.tree.get(state, "grad")
         progress = value - new_value > 1e-7 * jnp.abs(value)
         return u, state, count + 1, jnp.where(progress, 0, stalled + 1), jnp.linalg.norm(new_gradient)
