@@ -1,6 +1,7 @@
 """What every test relies on: one device, no screen, reproducible examples, small seeded data."""
 
 import os
+import sys
 
 # Before anything imports jax or matplotlib. A caller's own choice of device wins.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -13,6 +14,14 @@ import pytest
 # No deadline, because the first example of a shape compiles; the same examples on every run.
 hypothesis.settings.register_profile("neurobayes", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("neurobayes")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_let_go():
+    """Each compiled program maps memory, and a process that keeps thousands of them runs out of mappings."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture

@@ -8,11 +8,7 @@ number of rows times the number of draws.
 
 import dataclasses
 import functools
-import itertools
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -20,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import data, trees
+from ._threads import side_by_side
 from ._typing import Array, Params, State
 from .hoisting import Hoisted, hoist_network
 from .networks.base import Network
@@ -29,11 +26,10 @@ from .row_blocks import rows_per_block
 from .subspaces import RandomPart
 
 MAX_DRAWS_PER_BLOCK = 256
-MAX_THREADS = 8
 """Draws in one compiled call at most."""
 
 VALUES_PER_BLOCK = 2**22
-"""Row-draw pairs kept at once where quantiles need all draws of a row."""
+"""Outputs of all draws kept at once where quantiles need them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,11 +162,12 @@ def function_draws(source: Source, x: np.ndarray, theta: np.ndarray) -> np.ndarr
 
 def mixture_quantiles(source: Source, x: np.ndarray, levels: Sequence[float]) -> np.ndarray:
     """Quantiles of the predictive Gaussian mixture over draws, ``(levels, n, outputs)``, in working units."""
-    rows = max(1, VALUES_PER_BLOCK // max(1, len(source.theta)))
+    rows = max(1, VALUES_PER_BLOCK // max(1, source.noise_std.size))
+    noise_std, wanted = source.noise_std[:, None, :], np.asarray(levels, np.float32)
     parts = []
-    for first in range(0, len(x), rows):
-        means = function_draws(source, x[first : first + rows], source.theta)
-        parts.append(np.asarray(_solve_quantiles(means, source.noise_std[:, None, :], np.asarray(levels, np.float32))))
+    for block, size in _row_blocks(x, rows):
+        means = function_draws(source, block, source.theta)
+        parts.append(np.asarray(_solve_quantiles(means, noise_std, wanted))[:, :size])
     return np.concatenate(parts, axis=1)
 
 
@@ -213,24 +210,8 @@ def _reduce(source: Source, x: np.ndarray, quantity) -> tuple[np.ndarray, np.nda
             moments = _accumulate(hoisted, quantity, chunk, carry, np.int32(count), moments)
         return np.asarray(moments[1])[:size], np.asarray(moments[2])[:size]
 
-    parts = _side_by_side(moments_of, _row_blocks(x, _rows(source, x)))
+    parts = side_by_side(moments_of, _row_blocks(x, _rows(source, x)))
     return np.concatenate([mean for mean, _ in parts]), np.concatenate([squares for _, squares in parts])
-
-
-def _side_by_side(function: Callable[..., Any], blocks: Iterable[tuple[np.ndarray, int]]) -> list[Any]:
-    """``function`` of each block, on a CPU with one thread for each core: a loop over draws keeps only one busy."""
-    blocks = iter(blocks)
-    first = [function(*block) for block in itertools.islice(blocks, 1)]  # compiles, once
-    workers = min(MAX_THREADS, os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
-    if workers == 1:
-        return first + [function(*block) for block in blocks]
-    with ThreadPoolExecutor(workers) as pool:
-        pending: deque[Future] = deque()
-        for block in blocks:
-            if len(pending) > workers:  # what waits is in memory
-                first.append(pending.popleft().result())
-            pending.append(pool.submit(function, *block))
-        return first + [future.result() for future in pending]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -91,7 +91,7 @@ def pretrain(
         network, likelihood, batch_size=default_batch_size(num_rows, options.batch_size),
         track_statistics=options.track_statistics,
     )  # fmt: skip
-    steps = training.num_steps_per_epoch(program, len(rows.real))
+    steps = training.num_steps_per_epoch(program, num_rows)
     num_epochs = options.epochs or default_epochs(steps)
     rates = schedules.learning_rates(options.learning_rate, num_epochs, steps)
     search, sigma = None, options.sigma

@@ -10,17 +10,18 @@ posterior over its last layer can undo that.
 
 import dataclasses
 import functools
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._threads import side_by_side
 from ._typing import Array, Key
-from .training import EPOCHS_PER_CALL, Program, Rows, Settings, initialise, pad_chunk, run_epochs
+from .errors import ConvergenceWarning, TrainingError
+from .training import EPOCHS_PER_CALL, Program, Rows, Settings, initialise, pad_chunk, pad_steps, run_epochs
 
 SIGMA_GRID = (0.1, 0.3, 1.0, 3.0)
 """Prior standard deviations tried by ``map_sigma="auto"``, for noise of one standard deviation of the target."""
@@ -83,12 +84,13 @@ def choose(
         settings = Settings(weights, np.float32(1.0 / sigma**2), np.asarray(noise_std, np.float32))
         return _follow(program, start, state, rows, settings, learning_rates)
 
-    curves = _side_by_side(follow, sigmas)
+    curves = side_by_side(follow, ((sigma,) for sigma in sigmas))
     per_sigma = np.full((len(sigmas), max(map(len, curves))), np.inf)
     for losses, curve in zip(per_sigma, curves, strict=True):
         losses[: len(curve)] = curve
     best_sigma = int(np.argmin(per_sigma.min(axis=1)))
     best_epoch = earliest_good_epoch(per_sigma[best_sigma])
+    _check_search(per_sigma, best_epoch)
     return Regularisation(
         sigma=float(sigmas[best_sigma]),
         num_epochs=max(1, int(best_epoch)),
@@ -99,13 +101,30 @@ def choose(
 
 
 def earliest_good_epoch(curve: np.ndarray) -> int:
-    """The first epoch whose loss is all but the least: within ``TIE`` of what training gains in all.
+    """The first epoch whose loss is all but the least: within ``TIE`` of what training gains, one nat at most.
 
-    The end of a flat curve is decided by chance, and a longer run costs time and memorises more.
+    The end of a flat curve is decided by chance, and a longer run costs time and memorises more. What is gained over
+    a poor initialisation says nothing of how flat the end is.
     """
     least = float(np.min(curve))
-    gain = float(curve[0]) - least if np.isfinite(curve[0]) else 0.0
+    gain = min(float(curve[0]) - least, 1.0)
     return int(np.argmax(curve <= least + TIE * gain))
+
+
+def _check_search(per_sigma: np.ndarray, best_epoch: int) -> None:
+    """Raise where every run blew up; warn where none predicts left-out rows better than the untrained network."""
+    if per_sigma.shape[1] > 1 and not np.isfinite(per_sigma[:, 1:]).any():
+        raise TrainingError(
+            "the loss on left-out rows is not finite after the first epoch, whatever the regularisation. Likely "
+            "causes: a learning rate that is too high (try a tenth of it), or inputs far outside the usual range."
+        )
+    if best_epoch == 0 and per_sigma.shape[1] > 1:
+        warnings.warn(
+            "training does not improve the predictions of left-out rows, so the network is kept almost untrained. "
+            "Lower sgd_lr; if that does not help, X may say nothing about y.",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
 
 
 def assign_folds(real: np.ndarray, seed: int) -> np.ndarray:
@@ -126,17 +145,10 @@ def _unseen_rmse(program: Program, loss: float, noise_std: np.ndarray) -> np.nda
     return noise_std * np.sqrt(max(2.0 * excess / len(noise_std), 1e-12))
 
 
-def _side_by_side(function: Callable[[float], np.ndarray], sigmas: Sequence[float]) -> list[np.ndarray]:
-    """``function`` of each sigma, on a CPU with a thread for each core: small networks keep only one busy."""
-    first = function(sigmas[0])  # compiles, once
-    workers = min(len(sigmas), os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
-    with ThreadPoolExecutor(workers) as pool:
-        return [first, *pool.map(function, sigmas[1:])]
-
-
 def _follow(program, progress, state, rows, settings, learning_rates) -> np.ndarray:
     """Left-out loss by epoch, averaged over the folds; ends once it has risen well past its minimum."""
     curve = np.zeros(0)
+    learning_rates = pad_steps(program, learning_rates, len(rows.real))
     for first in range(0, len(learning_rates), EPOCHS_PER_CALL):
         chunk = learning_rates[first : first + EPOCHS_PER_CALL]
         progress, watched = _run_members(

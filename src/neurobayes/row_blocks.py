@@ -92,27 +92,46 @@ def hoist_rows(
     if num_rows <= block:
         return whole, whole.early(partition, params, state, x)
     part = hoist_network(network, partition, params, state, _like(x, block))
+    axes = row_axes(part, whole, block, num_rows)
+    if axes is None:
+        return whole, whole.early(partition, params, state, x)
     pieces = []
     for first in range(0, num_rows, block):
         rows = np.asarray(x[first : first + block])
         missing = block - len(rows)
         rows = np.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1), mode="edge")
         pieces.append(part.early(partition, params, state, rows))
-    return whole, _join(pieces, part.carry_avals, whole.carry_avals, partition, params, state, x)
+    return whole, _join(pieces, axes, num_rows)
 
 
-def _join(pieces, part_avals, whole_avals, partition, params, state, x) -> list[Any]:
+def row_axes(part: Hoisted, whole: Hoisted, part_rows: int, whole_rows: int) -> list[int | None] | None:
+    """For each leaf of the carry the axis that runs over the rows, or None where it has none.
+
+    None instead of the list if a leaf depends on the rows in another way, such as rows and positions in one axis.
+    """
+    if len(part.carry_avals) != len(whole.carry_avals):
+        return None
+    axes: list[int | None] = []
+    for a, b in zip(part.carry_avals, whole.carry_avals, strict=True):
+        if a.ndim != b.ndim:
+            return None
+        differ = [axis for axis in range(a.ndim) if a.shape[axis] != b.shape[axis]]
+        if len(differ) > 1 or any((a.shape[axis], b.shape[axis]) != (part_rows, whole_rows) for axis in differ):
+            return None
+        axes.append(differ[0] if differ else None)
+    return axes
+
+
+def _join(pieces: list[list[Any]], axes: list[int | None], num_rows: int) -> list[Any]:
     """The carry for all rows out of those of its blocks: leaves that follow the rows are concatenated."""
     carry = []
-    for position, (part, whole) in enumerate(zip(part_avals, whole_avals, strict=True)):
-        axes = [axis for axis, (a, b) in enumerate(zip(part.shape, whole.shape, strict=True)) if a != b]
+    for position, axis in enumerate(axes):
         leaves = [piece[position] for piece in pieces]
-        if not axes:
+        if axis is None:
             carry.append(leaves[0])
-            continue
-        (axis,) = axes
-        joined = jnp.concatenate(leaves, axis=axis)
-        carry.append(jax.lax.slice_in_dim(joined, 0, whole.shape[axis], axis=axis))
+        else:
+            joined = jnp.concatenate(leaves, axis=axis)
+            carry.append(jax.lax.slice_in_dim(joined, 0, num_rows, axis=axis))
     return carry
 
 

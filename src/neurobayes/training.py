@@ -26,6 +26,9 @@ from .likelihoods import LOG_2PI, Likelihood
 from .networks.base import Network
 from .weight_statistics import Statistics, TrainingStatistics
 
+MONITOR_ROWS = 1024
+"""Rows put through the network at once when the loss of unseen or validation rows is measured."""
+
 EPOCHS_PER_CALL = 128
 """Epochs run by one compiled call at most; between calls progress is shown and losses are checked."""
 
@@ -160,7 +163,7 @@ def _initialise(program: Program, key: Key, x: Array, params: Params | None) -> 
     opt_state = make_optimizer(program.optimizer).init(params)  # pyright: ignore[reportArgumentType]
     progress = Progress(
         params, opt_state, key_run, jnp.int32(0),
-        params, jnp.float32(jnp.inf), jnp.int32(0), zeros, jnp.zeros(()), statistics,
+        params, jnp.float32(jnp.inf), jnp.int32(0), zeros, jnp.zeros((), jnp.float32), statistics,
     )  # fmt: skip
     return progress, state
 
@@ -195,7 +198,9 @@ def _epoch(program, progress, state, rows, settings, num_rows, learning_rates):
     progress = progress._replace(key=key)
     size, batch = rows.real.shape[0], program.batch_size
     # Real rows in random order first, padding last: batches without a real row are never run.
-    order = jnp.argsort(jnp.where(rows.real > 0, jax.random.uniform(key_order, (size,)), 2.0))
+    # Each row has a key of its own, so that the order does not depend on the amount of padding.
+    ranks = jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(key_order, row)))(jnp.arange(size))
+    order = jnp.argsort(jnp.where(rows.real > 0, ranks, 2.0))
     order = jnp.pad(order, (0, batch), mode="edge")
 
     def body(i, carry):
@@ -208,7 +213,7 @@ def _epoch(program, progress, state, rows, settings, num_rows, learning_rates):
         return progress, total + loss
 
     num_batches = jnp.ceil(num_rows / batch).astype(jnp.int32)
-    progress, total = jax.lax.fori_loop(0, num_batches, body, (progress, jnp.zeros(())))
+    progress, total = jax.lax.fori_loop(0, num_batches, body, (progress, jnp.zeros((), jnp.float32)))
     return progress, total / num_batches
 
 
@@ -218,9 +223,22 @@ def _monitored(program, params, state, rows, validation, settings):
         watched, weights = rows, rows.real * (settings.row_weights == 0)
     else:
         watched, weights = validation, validation.real
-    outputs = program.network.apply(params, state, watched.x)
-    row_loss = -program.likelihood.log_prob(outputs, watched.y, settings.noise_std)
-    return jnp.sum(weights * row_loss) / jnp.maximum(weights.sum(), 1.0)
+
+    def total(x, y, weights):
+        row_loss = -program.likelihood.log_prob(program.network.apply(params, state, x), y, settings.noise_std)
+        return jnp.sum(weights * row_loss)
+
+    size = weights.shape[0]
+    if program.batch_size is None and size <= MONITOR_ROWS:
+        return total(watched.x, watched.y, weights) / jnp.maximum(weights.sum(), 1.0)
+
+    def block(first):
+        at = first + jnp.arange(MONITOR_ROWS)
+        inside = jnp.minimum(at, size - 1)
+        return total(watched.x[inside], watched.y[inside], weights[inside] * (at < size))
+
+    sums = jax.lax.map(block, jnp.arange(0, size, MONITOR_ROWS))  # activations of all rows need not fit in memory
+    return jnp.sum(sums) / jnp.maximum(weights.sum(), 1.0)
 
 
 def run_epochs(program, progress, state, rows, validation, settings, learning_rates, collect, num_epochs):
@@ -231,7 +249,7 @@ def run_epochs(program, progress, state, rows, validation, settings, learning_ra
     step computes that forward pass anyway; ``"validation"`` is measured after it.
     """
     num_rows = jnp.maximum(rows.real.sum(), 1.0)
-    blank = jnp.full(EPOCHS_PER_CALL, jnp.nan)
+    blank = jnp.full(EPOCHS_PER_CALL, jnp.nan, jnp.float32)
 
     def body(carry):
         i, progress, losses, watched = carry
@@ -286,9 +304,15 @@ def _keep_best(progress: Progress, params: Params, value: Array, min_delta: Arra
 _run_epochs = functools.partial(jax.jit, static_argnums=0)(run_epochs)
 
 
-def num_steps_per_epoch(program: Program, size: int) -> int:
-    """Steps in one epoch over ``size`` padded rows."""
-    return 1 if program.batch_size is None else -(-size // program.batch_size)
+def num_steps_per_epoch(program: Program, num_rows: int) -> int:
+    """Steps in one epoch over ``num_rows`` rows."""
+    return 1 if program.batch_size is None else -(-num_rows // program.batch_size)
+
+
+def pad_steps(program: Program, learning_rates: np.ndarray, size: int) -> np.ndarray:
+    """Step sizes ``(epochs, steps)`` for real rows with room for the steps of ``size`` padded ones, which never run."""
+    missing = num_steps_per_epoch(program, size) - learning_rates.shape[1]
+    return np.pad(learning_rates, [(0, 0), (0, max(0, missing))], mode="edge")
 
 
 def train(
@@ -319,6 +343,7 @@ def train(
     """
     progress, state = initialise(program, key, rows.x, params)
     num_epochs = len(learning_rates)
+    learning_rates = pad_steps(program, learning_rates, len(rows.real))
     collect = np.zeros(num_epochs, np.float32) if collect is None else collect
     losses, watched, done = [], [], 0
     while done < num_epochs:
@@ -329,6 +354,8 @@ def train(
             pad_chunk(learning_rates[chunk]), pad_chunk(collect[chunk]), np.int32(size),
         )  # fmt: skip
         ran = int(progress.epoch) - done
+        if ran == 0:  # stopped exactly at the end of the chunk before
+            break
         losses.append(np.asarray(loss)[:ran])
         watched.append(np.asarray(value)[:ran])
         _check_finite(losses[-1], done)
@@ -373,6 +400,8 @@ def _result(program: Program, progress: Progress, history, num_epochs: int) -> T
     if num_averaged:
         params = progress.average
     elif program.early_stopping:
+        if not np.isfinite(progress.best_loss):
+            raise TrainingError(f"the {program.monitor} loss was never finite. {_CAUSES}")
         params = progress.best_params
     statistics = None if progress.statistics is None else weight_statistics.summarise(progress.statistics, num_averaged)
     return TrainingResult(

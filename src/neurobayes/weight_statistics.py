@@ -44,7 +44,7 @@ class TrainingStatistics:
 def start(params: Params) -> Statistics:
     """Statistics of no step yet."""
     zeros = jax.tree.map(jnp.zeros_like, params)
-    return Statistics(jnp.zeros(()), zeros, zeros, zeros, zeros)
+    return Statistics(jnp.zeros((), jnp.float32), zeros, zeros, zeros, zeros)
 
 
 def update(statistics: Statistics, params: Params, gradient: Params, counts: Array) -> Statistics:

@@ -10,7 +10,7 @@ from .._typing import Array, Key
 from ..errors import OptionError
 from ..hoisting import Hoisted
 from ..log_density import Form, LogDensity, Terms
-from ..row_blocks import Recomputed
+from ..row_blocks import Recomputed, row_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,21 +66,10 @@ def make_batches(log_density: LogDensity, batch_size: int) -> Batches:
     if size == num_rows or isinstance(hoisted, Recomputed):
         return Batches(form, size, num_rows, None, ())
     part = hoisted.resized(size)
-    if len(part.carry_avals) != len(hoisted.carry_avals):
+    axes = row_axes(part, hoisted, size, num_rows)
+    if axes is None:
         raise _cannot_split(batch_size)
-    pairs = zip(part.carry_avals, hoisted.carry_avals, strict=True)
-    return Batches(form, size, num_rows, part, tuple(_row_axis(a, b, size, num_rows, batch_size) for a, b in pairs))
-
-
-def _row_axis(part: Any, whole: Any, size: int, num_rows: int, batch_size: int) -> int | None:
-    if part.ndim != whole.ndim:
-        raise _cannot_split(batch_size)
-    axes = [axis for axis, (a, b) in enumerate(zip(part.shape, whole.shape, strict=True)) if a != b]
-    if not axes:
-        return None
-    if len(axes) > 1 or (part.shape[axes[0]], whole.shape[axes[0]]) != (size, num_rows):
-        raise _cannot_split(batch_size)
-    return axes[0]
+    return Batches(form, size, num_rows, part, tuple(axes))
 
 
 def _cannot_split(batch_size: int) -> OptionError:

@@ -70,9 +70,6 @@ class _Opaque:
 ROOM_FOR_MORE = 20
 """A fit leaves room for one row in this many more, so that a second one with new rows compiles nothing."""
 
-MOST_PADDING = 1.25
-"""Largest ratio of padded to real rows at which the size of an earlier fit is kept."""
-
 
 class Prepared(NamedTuple):
     """Checked and scaled training data, padded to a bucket of rows."""
@@ -153,12 +150,13 @@ def prepare(
     num_classes: int | None,
     standardize: bool,
     scaling: Scaling | None = None,
-    capacity: int = 0,
+    earlier: tuple[int, int] | None = None,
 ) -> Prepared:
     """Check training data, scale it, and pad its rows.
 
-    ``scaling`` is that of given weights; None fits one, or the identity with ``standardize=False``. Rows are padded to
-    ``capacity``, the size an earlier fit compiled for, if they fill most of it; else there is room for 5 % more.
+    ``scaling`` is that of given weights; None fits one, or the identity with ``standardize=False``. Rows are padded
+    with room for 5 % more. Where a fit adds rows to an ``earlier`` one, (its rows, its padded size), and they fit into
+    that size, it is kept; any other fit is padded as if it were the first.
     """
     spec = network.input_spec
     inputs = _checks.as_inputs(X, spec)
@@ -181,7 +179,8 @@ def prepare(
             + f" Build the network with target_dim={wanted}."
         )
     roomy = data.bucket_size(len(inputs) + len(inputs) // ROOM_FOR_MORE)
-    size = capacity if len(inputs) <= capacity <= MOST_PADDING * len(inputs) else roomy
+    added = earlier is not None and earlier[0] < len(inputs) <= earlier[1]
+    size = earlier[1] if earlier is not None and added else roomy
     rows = Rows(data.pad_rows(scaled_x, size), data.pad_rows(scaled_y, size), data.row_weights(len(inputs), size))
     return Prepared(jax.device_put(rows), scaling, inputs.shape[1:], len(inputs), wanted, targets.ndim)
 

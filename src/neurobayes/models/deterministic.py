@@ -211,7 +211,7 @@ class DeterministicNN:
             None if self._optimizer == "lbfgs" else default_batch_size(prepared.num_rows, batch_size),
             "validation" if validation is not None else None, stopping is not None, track_statistics,
         )  # fmt: skip
-        steps = training.num_steps_per_epoch(program, len(prepared.rows.real))
+        steps = training.num_steps_per_epoch(program, prepared.num_rows)
         rate = 0.01 if self.learning_rate is None else self.learning_rate
         rates, collect = schedules.learning_rates(rate, epochs, steps), None
         if averaging is not None:

@@ -52,6 +52,7 @@ class Fitted:
     diagnostics: Diagnostics
     seconds: dict[str, float]
     capacity: int
+    num_rows: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,14 +116,14 @@ def make_plan(
         given = given.get_params()
     elif given is None:
         given = network.pretrained
-    capacity = 0 if previous is None else previous.capacity
+    earlier = None if previous is None else (previous.num_rows, previous.capacity)
     if warm and previous is not None:
         prepared = prepare(
-            network, X, y, num_classes=num_classes, standardize=True, scaling=previous.scaling, capacity=capacity
+            network, X, y, num_classes=num_classes, standardize=True, scaling=previous.scaling, earlier=earlier
         )
         given = previous.source.params
     else:
-        prepared = _prepare(network, X, y, num_classes, standardize, given, capacity)
+        prepared = _prepare(network, X, y, num_classes, standardize, given, earlier)
     example = jax.ShapeDtypeStruct((1, *prepared.rows.x.shape[1:]), prepared.rows.x.dtype)
     info = network_info(network, example)
     template, _ = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), example)
@@ -174,12 +175,18 @@ def run(plan: Plan, key: Key, options: PretrainingOptions, sampling: Sampling, r
     prepared = plan.prepared
     return Fitted(
         source, posterior, prepared.scaling, prepared.row_shape, prepared.target_ndim, _as_numpy(pretrained),
-        diagnostics, seconds, len(prepared.rows.real),
+        diagnostics, seconds, len(prepared.rows.real), prepared.num_rows,
     )  # fmt: skip
 
 
 def _prepare(
-    network: Network, X: Any, y: Any, num_classes: int | None, standardize: Any, given: Any, capacity: int
+    network: Network,
+    X: Any,
+    y: Any,
+    num_classes: int | None,
+    standardize: Any,
+    given: Any,
+    earlier: tuple[int, int] | None,
 ) -> Prepared:
     """Scaled data: in the units of given weights where these are known, and in the user's where they are not."""
     known = given.scaling if isinstance(given, TrainedParams) else None
@@ -188,7 +195,7 @@ def _prepare(
     else:
         known = None
     return prepare(
-        network, X, y, num_classes=num_classes, standardize=bool(standardize), scaling=known, capacity=capacity
+        network, X, y, num_classes=num_classes, standardize=bool(standardize), scaling=known, earlier=earlier
     )
 
 
@@ -288,7 +295,9 @@ def _density(plan: Plan, partition: RandomPart, params: Params, state: State, pr
     if not density.form.num_noise:
         return density, theta
     noise = _starting_noise(plan, params, state, pretrained)
-    return density, np.concatenate([theta, log_density.unconstrain_noise(noise, plan.noise_prior)])
+    unconstrained = log_density.unconstrain_noise(noise, plan.noise_prior)
+    # A prior with bounds need not hold the observed error: its middle does.
+    return density, np.concatenate([theta, np.where(np.isfinite(unconstrained), unconstrained, 0.0)])
 
 
 def _starting_noise(plan: Plan, params: Params, state: State, pretrained: Pretrained | None) -> np.ndarray:

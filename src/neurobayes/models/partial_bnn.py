@@ -199,6 +199,8 @@ class PartialBNN:
         )
         training = fitting.pretraining_options(sgd_epochs, sgd_lr, sgd_batch_size, swa_config, map_sigma)
         key = _checks.as_key(rng_key, seed)
+        if warm_start and select_neurons_config is not None:
+            raise OptionError("warm_start keeps the earlier fit's Bayesian weights: leave select_neurons_config out.")
         plan = fitting.make_plan(
             self._network, X, y, choice=self._choice if self._chosen or select_neurons_config is None else None,
             select_config=select_neurons_config, given=self.deterministic_weights, num_classes=self.num_classes,

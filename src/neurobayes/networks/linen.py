@@ -29,11 +29,19 @@ def _kind(module: nn.Module) -> LayerKind:
     return "other"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LinenNetwork(Network):
     """A linen module; collections other than ``params`` are its frozen state."""
 
     module: nn.Module
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, LinenNetwork):
+            return NotImplemented
+        try:
+            return bool(self.module == other.module)
+        except ValueError:  # arrays among the attributes have no single answer
+            return self.module is other.module
 
     def __hash__(self) -> int:
         try:
