@@ -96,6 +96,26 @@ def _read(
     return _require_numbers(array, name, remedy), None
 
 
+def column_names(X: Any) -> tuple[str, ...] | None:
+    """The column names of a pandas or polars frame, None for anything else."""
+    names = getattr(X, "columns", None)
+    return None if names is None else tuple(str(name) for name in names)
+
+
+def check_columns(X: Any, expected: tuple[str, ...] | None, name: str = "X") -> None:
+    """Raise where both this frame and the one at fit name their columns, and not the same in the same order."""
+    found = column_names(X)
+    if expected is None or found is None or found == expected:
+        return
+    if sorted(found) == sorted(expected):
+        fix = f"{name}[{list(expected)!r:.200}]"
+        raise DataError(f"{name} has the columns of fit in another order. Select them in that order: {fix}.")
+    odd = next((column for column in found if column not in expected), None)
+    if odd is None:
+        return  # repeated or missing ones: their number is checked with the shape
+    raise DataError(f"{name} has a column {odd!r} that fit did not see{nearest(odd, expected)}. Use the same columns.")
+
+
 def check_finite(array: np.ndarray, name: str, columns: Columns = None) -> None:
     """Raise a ``DataError`` that counts and locates values that are NaN or infinite."""
     _require(np.isfinite(array), array, name, "non-finite value(s)", "Impute or drop such rows first.", columns)

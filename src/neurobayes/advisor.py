@@ -101,8 +101,14 @@ class PartitionComparison:
         score = (_REGRESSION if self.is_regression else _CLASSIFICATION)[0]
         sentence = f"* best: {self.best}, by {score} on {self.num_held_out} held-out rows"
         others = [name for name in self.equals if name != self.best]
+        row = next(row for row in self.table if row["name"] == self.best)
+        if not row["ok"]:
+            sentence += ", although no candidate's draws can be trusted yet"
         if not others:
-            return f"{sentence}; all others are worse by two standard errors or more."
+            scored = [row for row in self.table if row["status"] == "done" and row["name"] != self.best]
+            if not scored:
+                return f"{sentence}; no other candidate was scored."
+            return f"{sentence}; all others that were scored are worse by two standard errors or more."
         return f"{sentence}. These rows cannot tell it from {', '.join(others)}: the cheapest of them will do."
 
 

@@ -314,8 +314,8 @@ def _options(
 
 _Out = Annotated[pathlib.Path, typer.Option("--out", help="Folder for predictions.csv, metrics.json and the figures.")]
 _Figures = Annotated[bool, typer.Option("--figures/--no-figures", help="Whether to draw the figures.")]
-_NumWarmup = Annotated[int | None, typer.Option(help="Warm-up steps of NUTS.", show_default="as PartialBNN.fit")]
-_NumSamples = Annotated[int | None, typer.Option(help="Draws of NUTS.", show_default="as PartialBNN.fit")]
+_NumWarmup = Annotated[int | None, typer.Option(help="Warm-up steps of a sampler.", show_default="as PartialBNN.fit")]
+_NumSamples = Annotated[int | None, typer.Option(help="Draws from the posterior.", show_default="as PartialBNN.fit")]
 
 
 @app.command()

@@ -79,7 +79,7 @@ class RowLoss(Likelihood):
         values = self.loss(outputs, y)
         if jnp.shape(values) != outputs.shape[:1]:  # a mean would hide the row weights, a column would broadcast
             raise OptionError(
-                f"loss(outputs, y) must give one number per row, shape (n,); for n={len(outputs)} rows it gives shape "
+                f"loss(outputs, y) must give one number per row, shape (n,); outputs {outputs.shape} give "
                 f"{jnp.shape(values)}. Reduce over the outputs only: jnp.sum(..., axis=-1)."
             )
         return -values

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -54,7 +53,7 @@ class NetworkInfo:
         SelectionError
             Nothing has this name.
         """
-        key = _as_path(name)
+        key = trees.as_path(name)
         owned = {leaf for layer in self.layers if layer.name in (name, key) for leaf in layer.leaves}
         leaves = tuple(path for path in self.shapes if path in owned or trees.is_under(path, key))
         if not leaves:
@@ -76,11 +75,11 @@ class NetworkInfo:
 
     def find_layer(self, name: str) -> Layer | None:
         """The layer of this name, or None."""
-        return next((layer for layer in self.layers if layer.name in (name, _as_path(name))), None)
+        return next((layer for layer in self.layers if layer.name in (name, trees.as_path(name))), None)
 
     def find_leaf(self, name: str) -> str | None:
         """The path of the leaf of this name, or None."""
-        return next((path for path in (name, _as_path(name)) if path in self.shapes), None)
+        return next((path for path in (name, trees.as_path(name)) if path in self.shapes), None)
 
     def unknown(self, name: str) -> SelectionError:
         """The error for a name that is neither a layer, nor a sub-tree, nor a leaf."""
@@ -186,7 +185,3 @@ def listed(names: Iterable[str]) -> str:
     names = list(names)
     more = len(names) - _MAX_LISTED
     return ", ".join(names[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
-
-
-def _as_path(name: str) -> str:
-    return re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", name)

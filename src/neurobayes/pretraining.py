@@ -33,6 +33,7 @@ class PretrainingOptions:
     averaging : weight averaging, or None.
     sigma : prior standard deviation of every weight, ``"auto"`` to choose it from the data, None for no prior.
     track_statistics : keep per-weight statistics, which automatic selection needs.
+    burn_in : share of the epochs before these are gathered.
     """
 
     epochs: int | None = None
@@ -41,6 +42,7 @@ class PretrainingOptions:
     averaging: schedules.AveragingConfig | None = None
     sigma: float | str | None = "auto"
     track_statistics: bool = False
+    burn_in: float = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +110,7 @@ def pretrain(
         row_weights=np.asarray(rows.real, np.float32),
         prior_precision=np.float32(1.0 / sigma**2 if sigma else 0.0),  # type: ignore[operator]
         noise_std=np.asarray(noise_std, np.float32),
-        burn_in=np.int32(len(rates) // 2),
+        burn_in=np.int32(options.burn_in * len(rates)),
     )
     report = None if on_progress is None else lambda done, loss: on_progress(done, len(rates), loss)
     result, state = training.train(

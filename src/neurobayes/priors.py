@@ -114,7 +114,7 @@ def check_noise_prior(noise_prior: Any, num_outputs: int) -> Any:
 def _resolve_names(paths: list[str], sigmas: Mapping[str, float], default: float) -> dict[str, float]:
     chosen = dict.fromkeys(paths, default)
     for name in sorted(sigmas, key=len):  # longer names are more specific, so they come last
-        under = [path for path in paths if trees.is_under(path, name)]
+        under = [path for path in paths if trees.is_under(path, trees.as_path(name))]
         if not under:
             known = sorted({trees.parent(path) for path in paths})
             raise SelectionError(

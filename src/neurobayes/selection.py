@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ._checks import check_one_of, check_positive_int
+from ._checks import check_fraction, check_one_of, check_positive_int
 from ._clustering import representatives
 from .errors import OptionError, nearest
 from .network_info import NetworkInfo, as_arrays, check_finite, missing_statistics
@@ -45,6 +45,7 @@ class SelectionConfig:
     layer_names: tuple[str, ...]
     num_pairs_per_layer: int
     seed: int = 0
+    burn_in: float = 0.5
 
 
 def validate_select_config(config: Mapping[str, Any], info: NetworkInfo) -> SelectionConfig:
@@ -52,7 +53,8 @@ def validate_select_config(config: Mapping[str, Any], info: NetworkInfo) -> Sele
 
     Parameters
     ----------
-    config : 'method', 'layer_names' and 'num_pairs_per_layer', and optionally 'seed' (of the clustering).
+    config : 'method', 'layer_names' and 'num_pairs_per_layer', and optionally 'seed' (of the clustering) and 'burn_in'
+        (share of the epochs, in [0, 1), before the variance and gradient of weights are gathered).
     info : layers and shapes of the network; weights are not needed.
 
     Raises
@@ -79,6 +81,7 @@ def validate_select_config(config: Mapping[str, Any], info: NetworkInfo) -> Sele
         _check_names(config["layer_names"]),
         check_positive_int("num_pairs_per_layer", config["num_pairs_per_layer"]),
         check_positive_int("seed", config.get("seed", 0), minimum=0),
+        check_fraction("burn_in", config.get("burn_in", 0.5), allow_zero=True),
     )
     for name in checked.layer_names:
         pair_grids(info.layer(name), info.shapes)

@@ -5,6 +5,7 @@ A leaf is addressed by its path, the keys from the root joined by dots:
 """
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,3 +46,8 @@ def is_under(path: str, prefix: str) -> bool:
 def parent(path: str) -> str:
     """The path without its last key: ``Dense0.kernel`` -> ``Dense0``; the root is ``""``."""
     return path.rpartition(SEPARATOR)[0]
+
+
+def as_path(name: str) -> str:
+    """A path in the spelling used here: ``blocks[0].query`` is ``blocks.0.query``."""
+    return re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", name)

@@ -80,6 +80,7 @@ class Prepared(NamedTuple):
     num_rows: int
     num_outputs: int
     target_ndim: int
+    columns: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +183,8 @@ def prepare(
     added = earlier is not None and earlier[0] < len(inputs) <= earlier[1]
     size = earlier[1] if earlier is not None and added else roomy
     rows = Rows(data.pad_rows(scaled_x, size), data.pad_rows(scaled_y, size), data.row_weights(len(inputs), size))
-    return Prepared(jax.device_put(rows), scaling, inputs.shape[1:], len(inputs), wanted, targets.ndim)
+    return Prepared(jax.device_put(rows), scaling, inputs.shape[1:], len(inputs), wanted, targets.ndim,
+                    _checks.column_names(X))  # fmt: skip
 
 
 def as_user_network(architecture: Any) -> Network:

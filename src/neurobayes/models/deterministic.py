@@ -68,6 +68,7 @@ class _Trained:
     network_state: Any
     scaling: Scaling
     target_ndim: int
+    columns: tuple[str, ...] | None
 
 
 class DeterministicNN:
@@ -150,6 +151,11 @@ class DeterministicNN:
         self._trained: _Trained | None = None
         template = InputTemplate(self.input_shape, self._network.input_spec.tokens)
         self._num_outputs = output_width(self._network, template.example)
+        if not self.is_regression and self._num_outputs < 2:
+            raise OptionError(
+                f"loss='cross_entropy' needs one output for each class, and the network has {self._num_outputs}. Build "
+                "it with target_dim=2 or more; for numbers leave loss out."
+            )
         self._example = template.example
 
     @property
@@ -168,6 +174,7 @@ class DeterministicNN:
         early_stopping: bool | int | Mapping[str, float] | None = None,
         warm_start: bool = False,
         track_statistics: bool = True,
+        burn_in: float = 0.5,
         progress_bar: bool = True,
     ) -> Self:
         """Train, replacing whatever was trained before.
@@ -182,8 +189,9 @@ class DeterministicNN:
         early_stopping : True, a patience in epochs, or a dict with ``patience`` and ``min_delta``; stops on the
             validation loss and restores the weights where it was least.
         warm_start : continue from the current weights (and their units) instead of fresh ones.
-        track_statistics : keep per-weight variance and gradient over the second half of the epochs (with early
-            stopping: after as many epochs as its patience, if that is sooner), for ``select_bayesian_components``.
+        track_statistics : keep per-weight variance and gradient, for ``select_bayesian_components``.
+        burn_in : share of the epochs, in [0, 1), before these are gathered; with early stopping they begin after as
+            many epochs as its patience, if that is sooner.
         progress_bar : show progress on a terminal.
 
         Returns
@@ -200,6 +208,7 @@ class DeterministicNN:
         epochs = _checks.check_positive_int("epochs", epochs)
         if batch_size is not None:
             _checks.check_positive_int("batch_size", batch_size)
+        burn_in = _checks.check_fraction("burn_in", burn_in, allow_zero=True)
         stopping = EarlyStopping.from_user(early_stopping)
         averaging = schedules.AveragingConfig.from_user(self.swa_config)
         self._check_combination(stopping, averaging, validation_data, batch_size)
@@ -219,17 +228,18 @@ class DeterministicNN:
         with progress(progress_bar) as report:
             result, state = training.train(
                 program, _checks.as_key(self.rng_key, self.seed), prepared.rows,
-                self._settings(prepared, epochs, stopping), learning_rates=rates, collect=collect,
+                self._settings(prepared, int(burn_in * epochs), stopping), learning_rates=rates, collect=collect,
                 validation=validation, params=None if before is None else before.result.params,
                 on_progress=lambda done, loss: report("training", done, epochs, f"loss {loss:.4g}"),
             )  # fmt: skip
         result = dataclasses.replace(result, params=jax.tree.map(np.asarray, result.params))
-        self._trained = _Trained(result, state, prepared.scaling, prepared.target_ndim)
+        self._trained = _Trained(result, state, prepared.scaling, prepared.target_ndim, prepared.columns)
         return self
 
     def predict(self, X: Any) -> np.ndarray:
         """The network's output in the user's units, shaped like the training target; or class probabilities."""
         trained = self._require_trained()
+        _checks.check_columns(X, trained.columns)
         inputs = _checks.as_inputs(X, self._network.input_spec, expected_shape=self.input_shape)
         outputs = deterministic_outputs(
             self._network, trained.result.params, trained.network_state, trained.scaling.inputs(inputs)
@@ -312,17 +322,17 @@ class DeterministicNN:
             data.pad_rows(scaled, size), data.pad_rows(targets, size), data.row_weights(len(inputs), size)
         )
 
-    def _settings(self, prepared: Prepared, epochs: int, stopping: EarlyStopping | None) -> training.Settings:
+    def _settings(self, prepared: Prepared, burn_in: int, stopping: EarlyStopping | None) -> training.Settings:
         settings = training.Settings(
             row_weights=prepared.rows.real,
             prior_precision=np.float32(1.0 / self.sigma**2 if self.map else 0.0),
             noise_std=np.full(prepared.num_outputs, self.noise_std, np.float32),
-            burn_in=np.int32(epochs // 2),
+            burn_in=np.int32(burn_in),
         )
         if stopping is None:
             return settings
         return settings._replace(
-            burn_in=np.int32(min(epochs // 2, stopping.patience)),  # no run ends before its patience has passed
+            burn_in=np.int32(min(burn_in, stopping.patience)),  # no run ends before its patience has passed
             patience=np.int32(stopping.patience),
             min_delta=np.float32(stopping.min_delta),
         )

@@ -53,6 +53,7 @@ class Fitted:
     seconds: dict[str, float]
     capacity: int
     num_rows: int
+    columns: tuple[str, ...] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +176,7 @@ def run(plan: Plan, key: Key, options: PretrainingOptions, sampling: Sampling, r
     prepared = plan.prepared
     return Fitted(
         source, posterior, prepared.scaling, prepared.row_shape, prepared.target_ndim, _as_numpy(pretrained),
-        diagnostics, seconds, len(prepared.rows.real), prepared.num_rows,
+        diagnostics, seconds, len(prepared.rows.real), prepared.num_rows, prepared.columns,
     )  # fmt: skip
 
 
@@ -220,7 +221,8 @@ def _trained(
         kept = resuming.load_trained(checkpoint, plan.template, jax.eval_shape(plan.network.init, key, rows.x[:1])[1])
         if kept is not None:
             return kept.params, kept.state, kept
-    options = dataclasses.replace(options, track_statistics=plan.needs_statistics)
+    burn_in = 0.5 if plan.select_config is None else plan.select_config.burn_in
+    options = dataclasses.replace(options, track_statistics=plan.needs_statistics, burn_in=burn_in)
     # The search compares losses at noise of one target's spread; classes have no noise.
     noise_std = _target_scale(rows) if plan.likelihood.is_regression else np.ones(1, np.float32)
     pretrained = pretrain(

@@ -163,8 +163,9 @@ class PartialBNN:
             the number of epochs by the loss on left-out rows; None trains without a prior.
         priors_sigma : prior standard deviation of the Bayesian weights: one number, or by layer name.
         select_neurons_config : choose single weights after training: ``method`` (``"variance"``, ``"gradient"``,
-            ``"magnitude"``, ``"clustering"``), ``layer_names``, ``num_pairs_per_layer``, optionally ``seed``;
-            united with the choices made at construction.
+            ``"magnitude"``, ``"clustering"``), ``layer_names``, ``num_pairs_per_layer``, optionally ``seed`` and
+            ``burn_in`` (share of the epochs before variance and gradient are gathered, half by default); united
+            with the choices made at construction.
         engine : ``"auto"`` (the default: exact draws where the Bayesian weights enter the output linearly, else
             NUTS), the name of an engine, or its config (``nb.inference.NUTS(target_accept=0.9)``).
         until : end sampling at a quality of the predictions: ``"ess>400"``, ``"r_hat<1.01"``, or both with
@@ -390,6 +391,7 @@ class PartialBNN:
 
     def _inputs(self, X: Any) -> tuple[Fitted, np.ndarray]:
         fitted = self._require_fitted()
+        _checks.check_columns(X, fitted.columns)
         inputs = _checks.as_inputs(X, self._network.input_spec, expected_shape=fitted.row_shape)
         return fitted, fitted.scaling.inputs(inputs)
 
