@@ -1,5 +1,6 @@
 """Work on all cores where compiled programs keep only one busy."""
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -25,7 +26,8 @@ def side_by_side(function: Callable[..., Any], items: Iterable[tuple]) -> list[A
     double = bool(jax.config.read("jax_enable_x64"))  # contexts of the calling thread do not reach its workers
 
     def run(item: tuple) -> Any:
-        with jax.enable_x64(double):
+        # Entered only where it changes something: within the context programs are cached apart.
+        with jax.enable_x64(True) if double else contextlib.nullcontext():
             return function(*item)
 
     with ThreadPoolExecutor(workers) as pool:

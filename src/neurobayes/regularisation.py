@@ -21,13 +21,14 @@ import numpy as np
 from ._threads import side_by_side
 from ._typing import Array, Key
 from .errors import ConvergenceWarning, TrainingError
+from .likelihoods import LOG_2PI, Categorical, Gaussian
 from .training import EPOCHS_PER_CALL, Program, Rows, Settings, initialise, pad_chunk, pad_steps, run_epochs
 
 SIGMA_GRID = (0.1, 0.3, 1.0, 3.0)
 """Prior standard deviations tried by ``map_sigma="auto"``, for noise of one standard deviation of the target."""
 
-TIE = 0.005
-"""Share of the whole gain of training that is not worth more epochs."""
+TIE = 0.01
+"""Relative increase of the excess loss (of the squared error, for regression) that is not worth more epochs."""
 
 MAX_FOLDS = 5
 FOLD_ROWS = 2000
@@ -89,7 +90,7 @@ def choose(
     for losses, curve in zip(per_sigma, curves, strict=True):
         losses[: len(curve)] = curve
     best_sigma = int(np.argmin(per_sigma.min(axis=1)))
-    best_epoch = earliest_good_epoch(per_sigma[best_sigma])
+    best_epoch = earliest_good_epoch(per_sigma[best_sigma], perfect_loss(program, noise_std))
     _check_search(per_sigma, best_epoch)
     return Regularisation(
         sigma=float(sigmas[best_sigma]),
@@ -100,15 +101,21 @@ def choose(
     )
 
 
-def earliest_good_epoch(curve: np.ndarray) -> int:
-    """The first epoch whose loss is all but the least: within ``TIE`` of what training gains, one nat at most.
+def earliest_good_epoch(curve: np.ndarray, perfect: float) -> int:
+    """The first epoch whose loss is all but the least: its excess over a ``perfect`` one at most ``TIE`` larger.
 
-    The end of a flat curve is decided by chance, and a longer run costs time and memorises more. What is gained over
-    a poor initialisation says nothing of how flat the end is.
+    The end of a flat curve is decided by chance, and a longer run costs time and memorises more.
     """
     least = float(np.min(curve))
-    gain = min(float(curve[0]) - least, 1.0)
-    return int(np.argmax(curve <= least + TIE * gain))
+    room = TIE * max(least - perfect, 0.0) if np.isfinite(perfect) else 0.0
+    return int(np.argmax(curve <= least + room))
+
+
+def perfect_loss(program: Program, noise_std: np.ndarray) -> float:
+    """The loss per row of predictions without error; minus infinity for a loss that is not known to have a least."""
+    if type(program.likelihood) is Gaussian:
+        return float(np.sum(np.log(np.asarray(noise_std, float)) + 0.5 * LOG_2PI))
+    return 0.0 if type(program.likelihood) is Categorical else -np.inf
 
 
 def _check_search(per_sigma: np.ndarray, best_epoch: int) -> None:
@@ -138,10 +145,10 @@ def assign_folds(real: np.ndarray, seed: int) -> np.ndarray:
 
 def _unseen_rmse(program: Program, loss: float, noise_std: np.ndarray) -> np.ndarray | None:
     """The error behind a mean Gaussian loss; one number for all outputs, exact for a single one."""
-    if not program.likelihood.is_regression or program.likelihood.num_noise(1) == 0:
+    if type(program.likelihood) is not Gaussian:
         return None
     noise_std = np.asarray(noise_std, float)
-    excess = loss - np.sum(np.log(noise_std)) - 0.5 * len(noise_std) * np.log(2 * np.pi)
+    excess = loss - perfect_loss(program, noise_std)
     return noise_std * np.sqrt(max(2.0 * excess / len(noise_std), 1e-12))
 
 

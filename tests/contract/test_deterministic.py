@@ -375,7 +375,7 @@ def test_a_change_of_settings_recompiles_nothing(regression, trained, count_comp
     trained.predict(X)
     with count_compilations() as compiled:
         model = make(learning_rate=0.003, sigma=0.3, noise_std=0.5, seed=7)
-        train(model, (X[:58], y[:58]), epochs=33).predict(X)
+        train(model, (X[:59], y[:59]), epochs=33).predict(X)
         train(make(map=False, swa_config={"schedule": "linear"}), regression, epochs=200)
     assert compiled.number == 0
     assert len(model.history["loss"]) == 33

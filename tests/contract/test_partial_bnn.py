@@ -124,9 +124,19 @@ def test_a_second_fit_of_a_fresh_model_compiles_nothing(fitted, mlp, regression,
     with count_compilations() as compiled:
         model = nb.PartialBNN(nb.FlaxMLP([6, 4], 1), **LAST)
         options = {**short, "map_sigma": 0.5, "sgd_epochs": 25}
-        model.fit(2.0 * X[:58], -y[:58], **options, seed=3, sgd_lr=0.02, priors_sigma=0.7)
-        model.predict(X[:58])
+        model.fit(2.0 * X[:59], -y[:59], **options, seed=3, sgd_lr=0.02, priors_sigma=0.7)
+        model.predict(X[:59])
     assert compiled.number == 0
+
+
+def test_five_percent_more_rows_compile_nothing(mlp, regression, short, count_compilations):
+    X, y = regression
+    model = nb.PartialBNN(mlp, **LAST).fit(X, y, **short)
+    model.predict(X)
+    with count_compilations() as compiled:
+        more = np.concatenate([X, X[:3]]), np.concatenate([y, y[:3]])
+        model.fit(*more, **short)
+    assert compiled.number == 0 and model.predict(more[0])[0].shape == (63,)
 
 
 def test_a_failed_fit_leaves_the_model_as_it_was(fitted, regression, short):

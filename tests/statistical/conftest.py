@@ -359,6 +359,7 @@ ENGINES = [
     Case(
         name="svi",
         engine=SVI(),
+        slow=True,
         passed_over=TOO_SKEWED,
         budget={
             "correlated": 0.1,
@@ -371,6 +372,7 @@ ENGINES = [
     Case(
         name="pathfinder",
         engine=Pathfinder(),
+        slow=True,
         passed_over=TOO_SKEWED,
         budget={
             "correlated": 0.3,

@@ -91,15 +91,18 @@ def test_predictions_are_the_closed_form(fitted, bayesian_linear_regression):
 
 
 def test_predicted_moments_are_those_of_the_draws(fitted):
-    """Analytic variance: no noise of its own beside the draws'."""
+    """Analytic variance: no noise of its own beside the draws'; exact engines agree up to the noise of the draws."""
     model, X, _ = fitted
     samples = model.get_samples()
     weights = np.concatenate([samples["Dense1.bias"][:, None, :], samples["Dense1.kernel"]], axis=1).astype(float)
     draws = np.einsum("ni,sik->snk", features(X), weights)
     prediction = model.posterior_predictive(X)
-    np.testing.assert_allclose(prediction.mean, draws.mean(axis=0), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(prediction.epistemic_var, draws.var(axis=0), rtol=1e-3)
+    exact = model.posterior.analytic is not None
+    off = 5 * draws.std(axis=0) / np.sqrt(len(draws)) if exact else 1e-4 * (1 + abs(draws.mean(axis=0)))
+    spread = 5 * np.sqrt(2 / len(draws)) if exact else 1e-3
+    assert (abs(prediction.mean - draws.mean(axis=0)) <= off).all()
+    np.testing.assert_allclose(prediction.epistemic_var, draws.var(axis=0), rtol=spread)
     noise = samples["noise_std"].astype(float).reshape(len(draws), -1)
     np.testing.assert_allclose(
-        prediction.var, draws.var(axis=0) + np.mean(noise**2, axis=0) * np.ones_like(prediction.mean), rtol=1e-3
+        prediction.var, draws.var(axis=0) + np.mean(noise**2, axis=0) * np.ones_like(prediction.mean), rtol=spread
     )

@@ -1,5 +1,7 @@
 """Stochastic-gradient samplers: unbiased mini-batches, a bias that falls with the step size, cycles."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,15 +65,16 @@ def test_recomputed_rows_give_the_same_estimates(target, last_layer, monkeypatch
 
 
 def test_what_does_not_follow_the_rows_cannot_be_cut():
-    def row_axis(batch_shape, whole_shape):
-        shapes = (jax.ShapeDtypeStruct(shape, np.float32) for shape in (batch_shape, whole_shape))
-        return _batches._row_axis(*shapes, BATCH, ROWS, BATCH)
+    def axes(*shapes):
+        batch, whole = (
+            types.SimpleNamespace(carry_avals=[jax.ShapeDtypeStruct(pair[side], np.float32) for pair in shapes])
+            for side in (0, 1)
+        )
+        return row_blocks.row_axes(batch, whole, BATCH, ROWS)
 
-    assert row_axis((3, BATCH), (3, ROWS)) == 1
-    assert row_axis((3, 4), (3, 4)) is None
-    for shapes in [((2 * BATCH,), (2 * ROWS,)), ((BATCH, BATCH), (ROWS, ROWS))]:
-        with pytest.raises(OptionError, match="batch_size"):
-            row_axis(*shapes)
+    assert axes(((3, BATCH), (3, ROWS)), ((3, 4), (3, 4))) == [1, None]
+    assert axes(((2 * BATCH,), (2 * ROWS,))) is None
+    assert axes(((BATCH, BATCH), (ROWS, ROWS))) is None
 
 
 @pytest.fixture(scope="module", params=sgmcmc.METHODS)

@@ -6,6 +6,7 @@ import pytest
 
 import neurobayes as nb
 from neurobayes import data, regularisation, schedules
+from neurobayes.errors import ConvergenceWarning
 from neurobayes.likelihoods import Categorical, Gaussian
 from neurobayes.networks import as_network
 from neurobayes.predictive import deterministic_outputs
@@ -81,12 +82,26 @@ def test_a_target_of_noise_is_trained_little_and_a_clean_signal_much(searches):
     assert signal.unseen_rmse < 0.3
 
 
+PERFECT = 0.5 * np.log(2 * np.pi)
+"""Loss of predictions without error, at unit noise."""
+
+
+def test_a_flat_end_of_the_curve_is_not_waited_for():
+    flat = np.array([2.0, 1.5, 1.004, 1.001, 1.0])
+    assert regularisation.earliest_good_epoch(flat, 0.0) == 2
+    assert regularisation.earliest_good_epoch(flat, 0.999) == 4  # where the loss is all but perfect, 0.001 counts
+    assert regularisation.earliest_good_epoch(flat + 1e6 * (np.arange(5) == 0), 0.0) == 2  # whatever it starts from
+    assert regularisation.earliest_good_epoch(flat, -np.inf) == 4
+
+
 def test_choice_is_the_least_left_out_loss(searches):
     for search in searches.values():
-        i, epoch = np.unravel_index(np.argmin(search.losses), search.losses.shape)
+        i, _ = np.unravel_index(np.argmin(search.losses), search.losses.shape)
         assert search.sigmas == regularisation.SIGMA_GRID
         assert search.sigma == search.sigmas[i]
-        assert search.num_epochs == max(1, epoch)
+        excess = search.losses[i] - PERFECT  # the first epoch whose squared error is at most 1 % above the least
+        good = np.flatnonzero(excess <= 1.01 * excess.min())
+        assert search.num_epochs == max(1, good[0])
         assert search.losses.shape[0] == len(search.sigmas) and search.losses.shape[1] <= NUM_EPOCHS
 
 
@@ -95,7 +110,8 @@ def test_reported_error_is_that_of_networks_trained_fold_by_fold(searches, kind)
     """Each fold trained on its own, outside the search, for the chosen epochs; error on its left-out rows."""
     x, y = regression(kind)
     rows, search = rows_of(x, y), searches[kind]
-    epoch = int(np.argmin(search.losses[search.sigmas.index(search.sigma)]))
+    curve = search.losses[search.sigmas.index(search.sigma)]
+    epoch = regularisation.earliest_good_epoch(curve, PERFECT)
     folds = regularisation.assign_folds(rows.real, seed=0)
     keys = jax.random.split(jax.random.key(0), 5)
     squares = []
@@ -113,7 +129,7 @@ def test_reported_error_is_that_of_networks_trained_fold_by_fold(searches, kind)
         squares.append(np.mean((predicted - rows.y[left_out]) ** 2))
     np.testing.assert_allclose(search.unseen_rmse, np.sqrt(np.mean(squares)), rtol=1e-3)
     loss = 0.5 * np.mean(squares) + 0.5 * np.log(2 * np.pi)
-    np.testing.assert_allclose(search.losses.min(), loss, rtol=1e-3)
+    np.testing.assert_allclose(curve[epoch], loss, rtol=1e-3)
 
 
 def test_the_same_seed_gives_the_same_choice(searches):
@@ -148,7 +164,8 @@ def test_one_or_two_rows_are_enough_to_search(n):
 def test_a_run_that_diverges_is_not_chosen():
     rates = schedules.learning_rates(50.0, 30, 1)
     program = Program(NETWORK, Gaussian(), optimizer="sgd")
-    search = choose(rows_of(*regression("signal")), sigmas=(0.1, 3.0), program=program, rates=rates)
+    with pytest.warns(ConvergenceWarning, match="does not improve the predictions of left-out rows"):
+        search = choose(rows_of(*regression("signal")), sigmas=(0.1, 3.0), program=program, rates=rates)
     assert not np.isfinite(search.losses).all()
     assert np.isfinite(search.losses[search.sigmas.index(search.sigma)].min())
     assert np.isfinite(search.unseen_rmse).all()

@@ -166,7 +166,8 @@ def with_draws(source: Source, density: log_density.LogDensity, draws: np.ndarra
 
 def reference_quantities(prepared: Prepared, source: Source, num_chains: int) -> np.ndarray:
     """Predicted values at reference rows and noise of each draw, ``(chain, draw, quantity)``."""
-    chosen = np.unique(np.linspace(0, prepared.num_rows - 1, NUM_REFERENCE_ROWS).astype(int))
+    # Always as many, some of them twice where there are few, so that one compiled program serves all data sets.
+    chosen = np.linspace(0, prepared.num_rows - 1, NUM_REFERENCE_ROWS).astype(int)
     values = predictive.function_draws(source, np.asarray(prepared.rows.x)[chosen], source.theta)
     flat = np.concatenate([values.reshape(len(values), -1), source.noise_std], axis=-1)
     return flat.reshape(num_chains, -1, flat.shape[-1])

@@ -32,8 +32,8 @@ def print_layer_configs(network: Any, input_shape: Sequence[int] | None = None) 
     >>> import neurobayes as nb
     >>> nb.print_layer_configs(nb.FlaxMLP([4], 1), input_shape=(3,))
     layer   kind   shapes                   weights  Bayesian
-    Dense0  dense  kernel (3, 4), bias (4)       16         -
-    Dense1  dense  kernel (4, 1), bias (1)        5         -
+    Dense0  dense  bias (4), kernel (3, 4)       16         -
+    Dense1  dense  bias (1), kernel (4, 1)        5         -
     total                                        21         -
     """
     print(format_layers(layer_rows(network, input_shape)))
