@@ -339,7 +339,7 @@ ENGINES = [
     Case(
         name="sgmcmc",
         engine=SGMCMC(method="sghmc", schedule="constant", thinning=100),
-        num_samples=1000,
+        num_samples=1500,
         budget=dict.fromkeys(TARGETS, 0.1),
         slow=True,
     ),
