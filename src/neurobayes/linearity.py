@@ -171,15 +171,20 @@ def _cut(hoisted: Hoisted | Recomputed, blocks: tuple[int, ...], carry_shapes: t
         if not any(v is theta for v in eqn.invars):
             rest.append(eqn)
             continue
-        if eqn.primitive.name != "slice":
+        if eqn.primitive.name == "slice":
+            found = [(int(eqn.params["start_indices"][0]), int(eqn.params["limit_indices"][0]))]
+        elif eqn.primitive.name == "split":
+            stops = np.cumsum(eqn.params["sizes"]).tolist()
+            found = list(zip([0, *stops[:-1]], stops, strict=True))
+        else:
             return None
-        first, stop = eqn.params["start_indices"][0], eqn.params["limit_indices"][0]
-        block = int(np.searchsorted(ends, first, side="right"))
-        if stop > ends[block]:
-            return None
-        inputs.append(eqn.outvars[0])
-        bounds.append((int(first), int(stop)))
-        owners.append(block)
+        for (first, stop), result in zip(found, eqn.outvars, strict=True):
+            block = int(np.searchsorted(ends, first, side="right"))
+            if stop > ends[block]:
+                return None
+            inputs.append(result)
+            bounds.append((first, stop))
+            owners.append(block)
     if any(v is theta for v in jaxpr.outvars):
         return None
     names = jex.DebugInfo("linearity", "neurobayes.linearity", None, None)

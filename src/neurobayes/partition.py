@@ -148,13 +148,15 @@ class Partition:
         """
         if jnp.shape(theta) != (self.size,):
             raise ParameterError(f"theta must have shape ({self.size},); got {jnp.shape(theta)}.")
-        merged, start = [], 0
+        # One split and not a slice for each leaf: its gradient is one concatenation, not a sum of padded vectors.
+        sizes = [entry.num_selected for entry in self.structure if not entry.is_frozen]
+        parts = iter(jax.lax.split(jnp.asarray(theta), sizes)) if sizes else iter(())
+        merged = []
         for (entry, index), leaf in zip(self._walk(), self._leaves(params), strict=True):
             if entry.is_frozen:
                 merged.append(leaf)
                 continue
-            part = jnp.asarray(theta[start : start + entry.num_selected], jnp.result_type(leaf))
-            start += entry.num_selected
+            part = jnp.asarray(next(parts), jnp.result_type(leaf))
             flat = part if index is None else jnp.ravel(leaf).at[index].set(part, **_TRUSTED)
             merged.append(flat.reshape(entry.shape))
         return jax.tree.unflatten(jax.tree.structure(params), merged)
