@@ -19,7 +19,8 @@ from ._typing import Array, Params, State
 from .networks.base import Network
 from .subspaces import RandomPart
 
-_INLINED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
+CALL_PRIMITIVES = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
+"""Equations that only run a jaxpr of their own, with the derivatives of its equations."""
 
 
 class Hoisted:
@@ -127,7 +128,7 @@ def _inline(jaxpr: jex.Jaxpr) -> tuple[list[Any], list[Any], dict[Any, Any]]:
 
 def _body(eqn) -> tuple[jex.Jaxpr, Sequence[Any]] | None:
     """The jaxpr a call equation runs, with its constants; None if it is not a plain call."""
-    if eqn.primitive.name not in _INLINED:
+    if eqn.primitive.name not in CALL_PRIMITIVES:
         return None
     inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     if isinstance(inner, jex.ClosedJaxpr):

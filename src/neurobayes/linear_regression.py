@@ -11,7 +11,7 @@ import dataclasses
 
 import numpy as np
 
-LOG_2PI = float(np.log(2.0 * np.pi))
+from .likelihoods import LOG_2PI
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._typing import Array
-from .hoisting import Hoisted
+from .hoisting import CALL_PRIMITIVES, Hoisted
 from .row_blocks import Recomputed
-
-_CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
 
 # Linear in all float operands together; a float operand without theta is a constant term.
 _LINEAR = frozenset(
@@ -68,7 +66,10 @@ def _output_kinds(jaxpr: jex.Jaxpr, input_kinds: Sequence[int]) -> list[int]:
 
 def _equation_kinds(eqn: Any, operands: list[int]) -> list[int]:
     """How the results of one equation depend on theta, given how its operands do."""
-    if eqn.primitive.name in _CALLS and (inner := eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))) is not None:
+    if (
+        eqn.primitive.name in CALL_PRIMITIVES
+        and (inner := eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))) is not None
+    ):
         return _output_kinds(inner.jaxpr if isinstance(inner, jex.ClosedJaxpr) else inner, operands)
     if eqn.primitive.name == "scan":
         return _scan_kinds(eqn, operands)
