@@ -9,11 +9,13 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import datasets, errors, inference, metrics, networks, plots, utils
+    from . import calibration, datasets, errors, inference, metrics, networks, plots, utils
     from .advisor import compare_partitions
     from .arviz import to_arviz
+    from .calibration import fit_calibration
     from .directions import subspace
     from .models.bnn import BNN
+    from .models.calibrated import CalibratedModel
     from .models.deterministic import DeterministicNN
     from .models.partial_bnn import PartialBNN
     from .models.tables import print_layer_configs
@@ -39,16 +41,19 @@ if TYPE_CHECKING:
 # Spelled out, and not built from the table below, because type checkers read it without running it.
 __all__ = [
     "BNN",
+    "CalibratedModel",
     "DeterministicNN",
     "FlaxConvNet",
     "FlaxMLP",
     "FlaxTransformer",
     "PartialBNN",
     "biases",
+    "calibration",
     "compare_partitions",
     "datasets",
     "errors",
     "everything",
+    "fit_calibration",
     "inference",
     "last",
     "layers",
@@ -70,10 +75,11 @@ __all__ = [
     "weights",
 ]
 
-_SUBMODULES = ("datasets", "errors", "inference", "metrics", "networks", "plots", "utils")
+_SUBMODULES = ("calibration", "datasets", "errors", "inference", "metrics", "networks", "plots", "utils")
 
 _MODULE_OF = {
     "BNN": "models.bnn",
+    "CalibratedModel": "models.calibrated",
     "DeterministicNN": "models.deterministic",
     "FlaxConvNet": "networks.convnet",
     "FlaxMLP": "networks.mlp",
@@ -82,6 +88,7 @@ _MODULE_OF = {
     "biases": "selectors",
     "compare_partitions": "advisor",
     "everything": "selectors",
+    "fit_calibration": "calibration",
     "last": "selectors",
     "layers": "selectors",
     "mask": "selectors",

@@ -12,14 +12,15 @@ import jax
 MAX_THREADS = 8
 
 
-def side_by_side(function: Callable[..., Any], items: Iterable[tuple]) -> list[Any]:
+def side_by_side(function: Callable[..., Any], items: Iterable[tuple], *, compiled: bool = False) -> list[Any]:
     """``function(*item)`` of each item, in order; on a CPU with one thread for each core.
 
-    The first item runs alone, so that what all share is compiled once. Items are
+    The first item runs alone, so that what all share is compiled once, unless it is ``compiled`` already. Items are
     taken from the iterable only shortly before they run.
     """
     waiting = iter(items)
-    results = [function(*item) for item in [next(waiting, None)] if item is not None]
+    first = [] if compiled else [next(waiting, None)]
+    results = [function(*item) for item in first if item is not None]
     workers = min(MAX_THREADS, os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
     if workers == 1:
         return results + [function(*item) for item in waiting]

@@ -10,6 +10,7 @@ import numpy as np
 
 from . import _checks, predictive
 from .errors import DataError, OptionError
+from .models.fitting import Fitted
 from .models.partial_bnn import PartialBNN
 
 if TYPE_CHECKING:
@@ -81,13 +82,13 @@ def _sample_stats(model: PartialBNN) -> dict[str, np.ndarray]:
 def _by_row(model: PartialBNN, X: Any, y: Any, seed: int | None) -> dict[str, dict[str, np.ndarray]]:
     """The groups that depend on rows, each variable ``(chain, draw, row, …)``."""
     fitted, x = model._inputs(X)
-    source, lead = fitted.source, fitted.posterior.draws.shape[:2]
-    outputs = predictive.function_draws(source, x, source.theta).astype(float)
+    lead = fitted.posterior.draws.shape[:2]
+    outputs, noise = _all_draws(fitted, x, lead[1])
     generator = np.random.default_rng(seed or 0)
     single = fitted.target_ndim == 1
     if model.is_regression:
         mean = fitted.scaling.mean_to_user(outputs)
-        noise_std = (source.noise_std * fitted.scaling.y_std)[:, None, :]
+        noise_std = (noise * fitted.scaling.y_std)[:, None, :]
         new = mean + noise_std * generator.standard_normal(mean.shape)
         new = new[..., 0] if single else new
         observed = None if y is None else _checks.as_targets(y, len(x), training=False)
@@ -102,6 +103,17 @@ def _by_row(model: PartialBNN, X: Any, y: Any, seed: int | None) -> dict[str, di
         groups["log_likelihood"] = {"y": log_likelihood.reshape(*lead, -1)}
         groups["observed_data"] = {"y": observed[:, 0] if single and observed.ndim == 2 else observed}
     return groups
+
+
+def _all_draws(fitted: Fitted, x: np.ndarray, num_draws: int) -> tuple[np.ndarray, np.ndarray]:
+    """Outputs and noise of ``num_draws`` draws of every chain of every backbone, as their posteriors give them."""
+    outputs, noise = [], []
+    for member in fitted.members:
+        source = member.source
+        kept = np.arange(len(source.theta)).reshape(member.posterior.num_chains, -1)[:, :num_draws].ravel()
+        outputs.append(predictive.function_draws(source, x, source.theta[kept]).astype(float))
+        noise.append(source.noise_std[kept])
+    return np.concatenate(outputs), np.concatenate(noise)
 
 
 def _gaussian(columns: np.ndarray, mean: np.ndarray, noise_std: np.ndarray) -> np.ndarray:

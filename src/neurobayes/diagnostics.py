@@ -8,13 +8,16 @@ localization", Bayesian Analysis 16, doi:10.1214/20-BA1221).
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 R_HAT_LIMIT = 1.05
 MIN_ESS = 100.0
 SATURATION_LIMIT = 0.1
+PARETO_K_LIMIT = 0.7
+"""Above, importance ratios of an approximation are too heavy-tailed for its moments to be relied on."""
+
 E_BFMI_LIMIT = 0.3
 
 
@@ -55,6 +58,30 @@ class Diagnostics:
     def __str__(self) -> str:
         figures = ", ".join(f"{name}={value:.4g}" for name, value in self.summary().items())
         return f"{self.verdict}\n{figures}"
+
+
+def combine(parts: Sequence[Diagnostics]) -> Diagnostics:
+    """The verdict on several backbones, each with a sampler of its own: that on the worst of them."""
+    if len(parts) == 1:
+        return parts[0]
+    worst = min(range(len(parts)), key=lambda k: (parts[k].ok, parts[k].ess_bulk))
+    verdict = parts[worst].verdict
+    if not parts[worst].ok:
+        failed = sum(not part.ok for part in parts)
+        verdict = f"{failed} of {len(parts)} backbones need attention. The worst: {verdict}"
+    return dataclasses.replace(
+        parts[worst],
+        ess_bulk=sum(part.ess_bulk for part in parts),
+        ess_tail=sum(part.ess_tail for part in parts),
+        ess_bulk_median=sum(part.ess_bulk_median for part in parts),
+        r_hat=float(np.fmax.reduce([part.r_hat for part in parts])),
+        num_divergent=sum(part.num_divergent for part in parts),
+        saturated=max(part.saturated for part in parts),
+        e_bfmi=float(np.fmin.reduce([part.e_bfmi for part in parts])),
+        num_chains=sum(part.num_chains for part in parts),
+        num_draws=min(part.num_draws for part in parts),
+        verdict=verdict,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,11 +149,14 @@ def diagnose(
     *,
     independent: bool = False,
     approximation: str = "",
+    num_backbones: int = 1,
+    pareto_k: float = float("nan"),
 ) -> Diagnostics:
     """Judge a run from draws of predicted values and noise, ``(chain, draw, quantity)``, and sampler reports.
 
     ``independent`` draws need no convergence: their R-hat is one and their effective number is their number. They
-    are of the exact posterior, or of the ``approximation`` of that name.
+    are of the exact posterior, or of the ``approximation`` of that name, whose importance ratios may have been judged
+    by ``pareto_k``. Several backbones share the effective draws that one would need.
     """
     num_chains, num_draws = quantities.shape[:2]
     finite = quantities[..., np.all(np.isfinite(quantities), axis=(0, 1))]
@@ -154,12 +184,20 @@ def diagnose(
         "num_chains": num_chains,
         "num_draws": num_draws,
     }
-    complaints = _complaints(figures)
+    complaints = _complaints(figures, MIN_ESS / num_backbones)
     if not np.all(np.isfinite(quantities)):
         problem = "some predictions or noise levels are not finite in some draws"
         complaints.insert(0, (problem, "lower priors_sigma, or standardise the inputs (standardize=True)"))
+    if pareto_k > PARETO_K_LIMIT:
+        problem = f"the {approximation} approximation is far from the posterior (Pareto k {pareto_k:.2f})"
+        complaints.insert(0, (problem, "use engine='nuts'"))
     verdict = _sentence(complaints, figures)
-    if independent and approximation and not complaints:
+    if independent and approximation and not complaints and pareto_k <= PARETO_K_LIMIT:
+        verdict = (
+            f"All {num_chains * num_draws} are independent draws of a {approximation} approximation, which is close to "
+            f"the posterior (Pareto k {pareto_k:.2f}, at most {PARETO_K_LIMIT})."
+        )
+    elif independent and approximation and not complaints:
         verdict = (
             f"All {num_chains * num_draws} are independent draws of a {approximation} approximation, whose distance "
             "from the posterior they do not show: compare with engine='nuts' where it matters."
@@ -171,7 +209,7 @@ def diagnose(
     return Diagnostics(**figures, ok=not complaints, verdict=verdict)
 
 
-def _complaints(f: dict) -> list[tuple[str, str]]:
+def _complaints(f: dict, min_ess: float) -> list[tuple[str, str]]:
     """What is wrong, each with its remedy, the gravest first."""
     found = []
     total = f["num_chains"] * f["num_draws"]
@@ -186,7 +224,7 @@ def _complaints(f: dict) -> list[tuple[str, str]]:
         )
     if f["r_hat"] > R_HAT_LIMIT:
         found.append((f"R-hat of the predictions reaches {f['r_hat']:.2f}", "raise num_warmup and num_samples"))
-    if f["ess_bulk"] < MIN_ESS:
+    if f["ess_bulk"] < min_ess:
         found.append((f"some prediction has only {f['ess_bulk']:.0f} effective draws", "raise num_samples"))
     if f["saturated"] > SATURATION_LIMIT:
         found.append(

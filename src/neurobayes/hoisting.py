@@ -34,6 +34,8 @@ class Hoisted:
 
     def __init__(self, fn: Callable[..., Any], theta: Any, frozen: Sequence[Any]):
         self._origin = (fn, *jax.eval_shape(lambda *args: args, theta, tuple(frozen)))
+        last = jax.tree.leaves(frozen[-1]) if frozen else []
+        self.num_rows = last[0].shape[0] if last and last[0].ndim else 0
         self._resized: dict[int, Hoisted] = {}
         closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(theta, *frozen)
         num_theta = len(jax.tree.leaves(theta))

@@ -13,6 +13,12 @@ import numpy as np
 
 from .likelihoods import LOG_2PI
 
+NODES_PER_BLOCK = 64
+"""Noise levels looked at at once: each needs a few numbers for every eigenvalue."""
+
+DRAWS_PER_BLOCK = 128
+"""Draws made at once: what each leaves behind on the way is several times the draw itself."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Spectrum:
@@ -41,9 +47,13 @@ class Spectrum:
     def log_evidence(self, noise_std: np.ndarray, scale: float = 1.0) -> np.ndarray:
         """Log density of the targets given the noise, the weights integrated out, ``(nodes,)`` in nats."""
         variance = np.square(noise_std)
-        total = variance[:, None] + scale**2 * self.eigenvalues
-        # The rank directions have variance ``total``, the others ``variance``: no difference of large numbers.
-        determined = np.sum(np.log1p(scale**2 * self.eigenvalues / variance[:, None]) + self.projected**2 / total, -1)
+        determined = np.empty(len(variance))
+        for first in range(0, len(variance), NODES_PER_BLOCK):
+            part = variance[first : first + NODES_PER_BLOCK, None]
+            total = part + scale**2 * self.eigenvalues
+            # The rank directions have variance ``total``, the others ``variance``: no difference of large numbers.
+            terms = np.log1p(scale**2 * self.eigenvalues / part) + self.projected**2 / total
+            determined[first : first + NODES_PER_BLOCK] = np.sum(terms, axis=-1)
         return -0.5 * (self.num_rows * (LOG_2PI + np.log(variance)) + determined + self.residual / variance)
 
     def conditional_mean(self, noise_std: np.ndarray, scale: np.ndarray | float) -> np.ndarray:
@@ -55,11 +65,15 @@ class Spectrum:
 
         ``normals`` (draws, features) are standard normal numbers.
         """
-        left = np.sqrt(1.0 - self.shrinkage(noise_std, scale))
-        scale = np.broadcast_to(scale, noise_std.shape)[:, None]
-        inside = normals @ self.basis
-        moved = scale * (left - 1.0) * inside + self.conditional_mean(noise_std, scale[:, 0])
-        return scale * normals + moved @ self.basis.T
+        scales = np.broadcast_to(scale, noise_std.shape)
+        draws = np.empty(normals.shape)
+        for first in range(0, len(normals), DRAWS_PER_BLOCK):
+            part = slice(first, first + DRAWS_PER_BLOCK)
+            some, noise, scale = normals[part], noise_std[part], scales[part]
+            left = np.sqrt(1.0 - self.shrinkage(noise, scale))
+            moved = scale[:, None] * (left - 1.0) * (some @ self.basis) + self.conditional_mean(noise, scale)
+            draws[part] = scale[:, None] * some + moved @ self.basis.T
+        return draws
 
 
 def decompose(features: np.ndarray, targets: list[np.ndarray], row_weights: np.ndarray) -> list[Spectrum]:

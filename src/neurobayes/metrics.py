@@ -14,14 +14,23 @@ raise ``DataError``; an impossible ``level`` or ``num_bins`` raises ``OptionErro
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ._score_checks import aligned as _aligned
+from ._score_checks import as_classes as _as_classes
+from ._score_checks import as_floats as _as_floats
+from ._score_checks import as_levels as _as_levels
+from ._score_checks import as_probabilities as _as_probabilities
+from ._score_checks import check_bounds as _check_bounds
+from ._score_checks import check_var as _check_var
+from ._score_checks import errors_and_variances as _gaussian
+from ._score_checks import half_width as _half_width
 from .errors import DataError, OptionError
 
-_ROW_SUM_TOLERANCE = 1e-3
 _SMALLEST_PROBABILITY = float(np.finfo(np.float64).eps)
 
 
@@ -40,6 +49,27 @@ class ReliabilityCurve(NamedTuple):
     counts: np.ndarray
 
 
+class Scores(dict[str, float]):
+    """Scores by name, a dict that prints as a table.
+
+    Attributes
+    ----------
+    by_output : name -> one score for each of several outputs, shape ``(d,)``; empty for one output and for classes.
+    """
+
+    def __init__(self, scores: Mapping[str, float], by_output: Mapping[str, np.ndarray] | None = None):
+        super().__init__(scores)
+        self.by_output = dict(by_output or {})
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in self)
+        num_outputs = len(next(iter(self.by_output.values()), ()))
+        lines = [" " * width + "".join(f"{title:>12}" for title in ("all", *range(num_outputs)))] if num_outputs else []
+        for name, score in self.items():
+            lines.append(f"{name:<{width}}" + "".join(f"{x:12.4g}" for x in (score, *self.by_output.get(name, ()))))
+        return "\n".join(lines)
+
+
 class Predictor(Protocol):
     """What ``summary`` asks of a model."""
 
@@ -51,108 +81,6 @@ class Predictor(Protocol):
     def predict(self, X: Any) -> tuple[Any, Any]:
         """Predictions for the rows of ``X``."""
         ...
-
-
-def _as_floats(name: str, values: Any, axes: tuple[str, ...] = ("row", "column")) -> np.ndarray:
-    """``values`` as a non-empty, finite float64 array; ``axes`` names its axes in messages."""
-    try:
-        if isinstance(values, np.ma.MaskedArray):  # np.asarray would uncover what the mask hides
-            values = np.ma.filled(values.astype(np.float64), np.nan)
-        array = np.asarray(values)
-        holds_text = array.dtype == object and any(isinstance(value, str | bytes) for value in array.flat)
-        if holds_text or array.dtype.kind in "USMmc":
-            raise TypeError(f"its type is {array.dtype}")
-        array = array.astype(np.float64, copy=False)
-    except (TypeError, ValueError, OverflowError) as error:
-        fix = "Pass a numeric array without missing values."
-        raise DataError(f"{name} cannot be read as real numbers: {error}. {fix}") from error
-    if array.ndim == 0:
-        raise DataError(f"{name} is not an array. Pass one entry per row, a single row as [value].")
-    if array.size == 0:
-        raise DataError(f"{name} is empty (shape {array.shape}). A metric needs at least one row.")
-    _refuse(~np.isfinite(array), name, array, "non-finite values", "Impute or drop such rows before scoring.", axes)
-    return array
-
-
-def _refuse(
-    bad: np.ndarray, name: str, array: np.ndarray, fault: str, fix: str, axes: tuple[str, ...] = ("row", "column")
-) -> None:
-    """Raise where any entry is ``bad``, saying how many and which is the first."""
-    if not bad.any():
-        return
-    index = np.unravel_index(np.argmax(bad), bad.shape)
-    axes += tuple(f"axis {axis}" for axis in range(len(axes), bad.ndim))
-    where = ", ".join(f"{axis} {position}" for axis, position in zip(axes, index, strict=False))
-    raise DataError(f"{name} has {bad.sum()} {fault}, the first at {where} ({array[index]:g}). {fix}")
-
-
-def _aligned(**arrays: Any) -> list[np.ndarray]:
-    """The arrays in float64, all of the shape of the first: broadcasting would average wrong differences."""
-    (first, target), *rest = [(name, _as_floats(name, values)) for name, values in arrays.items()]
-    for name, array in rest:
-        if array.shape == target.shape:
-            continue
-        message = f"{name} has shape {array.shape} but {first} has shape {target.shape}; nothing is broadcast."
-        if array.size == target.size:
-            raise DataError(f"{message} Use {name}.reshape({target.shape}) if the entries are in the same order.")
-        raise DataError(f"{message} Each entry of {first} needs one entry of {name}.")
-    return [target, *(array for _, array in rest)]
-
-
-def _gaussian(y_true: Any, mean: Any, var: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Errors ``y - mean`` and their predictive variances."""
-    y, mean, var = _aligned(y_true=y_true, mean=mean, var=var)
-    _check_var(var)
-    return y - mean, var
-
-
-def _check_var(var: np.ndarray) -> None:
-    fix = "Pass predictive variances (std**2, noise included), not their logarithms."
-    _refuse(var <= 0, "var", var, "values that are not positive", fix)
-
-
-def _check_bounds(lower: np.ndarray, upper: np.ndarray) -> None:
-    _refuse(lower > upper, "lower", lower, "values above upper", "Are the two bounds swapped?")
-
-
-def _as_levels(level: Any, ndim: int = 0) -> np.ndarray:
-    """A level, or with ``ndim=1`` a list of levels, in float64."""
-    levels = np.asarray(level, dtype=np.float64)
-    if levels.ndim != ndim or levels.size == 0 or not ((levels > 0) & (levels < 1)).all():
-        kind = "a list of numbers" if ndim else "a number"
-        raise OptionError(f"level={level!r} is not {kind} between 0 and 1. Write 95 % as 0.95.")
-    return levels
-
-
-def _half_width(levels: np.ndarray) -> np.ndarray:
-    """Half the width of the central interval of a standard normal that holds each of ``levels``."""
-    from scipy.special import ndtri
-
-    return ndtri((1 + levels) / 2)
-
-
-def _as_classes(labels: ArrayLike, probabilities: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Labels as integers ``(n,)`` and a new array of probabilities ``(n, C)`` whose rows sum to 1."""
-    p = _as_floats("probabilities", probabilities, ("row", "class"))
-    if p.ndim != 2 or p.shape[1] < 2:
-        raise DataError(
-            f"probabilities has shape {p.shape}; it needs one row per label and one column per class. "
-            "From the probability p of class 1 of two: np.column_stack([1 - p, p])."
-        )
-    y = _as_floats("labels", labels)
-    if y.shape != p.shape[:1]:
-        fix = "Each row of probabilities needs one label."
-        if y.ndim == 2 and len(y) == len(p):
-            fix = "Use labels.ravel()." if y.shape[1] == 1 else "For one-hot labels use labels.argmax(axis=1)."
-        raise DataError(f"labels has shape {y.shape} but probabilities has shape {p.shape}. {fix}")
-    fix = "Number the classes from 0, in the order of the columns of probabilities."
-    fault = f"values outside the whole numbers 0..{p.shape[1] - 1}"
-    _refuse((y < 0) | (y >= p.shape[1]) | (y != np.floor(y)), "labels", y, fault, fix)
-    fix = "If these are logits, apply a softmax first."
-    _refuse(p < 0, "probabilities", p, "negative values", fix, ("row", "class"))
-    total = p.sum(axis=1)
-    _refuse(np.abs(total - 1) > _ROW_SUM_TOLERANCE, "probabilities", total, "rows whose sum is not 1", fix)
-    return y.astype(np.int64), p / total[:, None]
 
 
 def mse(y_true: ArrayLike, y_pred: ArrayLike) -> float:
@@ -369,30 +297,57 @@ def ece(labels: ArrayLike, probabilities: ArrayLike, num_bins: int = 15) -> floa
     return float(np.average(np.abs(curve.accuracy - curve.confidence), weights=curve.counts))
 
 
-def summary(model: Predictor, X: Any, y: ArrayLike, level: float = 0.95) -> dict[str, float]:
+def entropy(probabilities: ArrayLike) -> float:
+    """Mean entropy of the rows of ``probabilities``, in nats: what a classifier says of its own uncertainty."""
+    p = _as_probabilities(probabilities)
+    return float(np.mean(-np.sum(p * np.log(np.where(p > 0, p, 1.0)), axis=1)))
+
+
+def summary(model: Predictor, X: Any, y: ArrayLike, level: float = 0.95) -> Scores:
     """The usual scores of a fitted model on the rows of ``X``.
 
     Parameters
     ----------
-    model : anything with ``is_regression`` and ``predict``.
+    model : anything with ``is_regression`` and ``predict``. Intervals are those of its
+        ``predict_interval(X, level)`` if it has one, else Gaussian.
     X : inputs, as ``model.predict`` takes them.
     y : targets in the shape of the predictions, or class labels of shape (n,).
     level : probability of the intervals behind ``coverage`` and ``interval_width`` (regression only).
 
     Returns
     -------
-    For regression ``rmse``, ``mae``, ``nlpd``, ``coverage``, ``crps``, ``interval_width``;
-    for classification ``accuracy``, ``nll``, ``ece``, ``brier``.
+    For regression ``rmse``, ``mae``, ``r2`` (NaN where the target is constant), ``nlpd``, ``crps``, ``coverage``,
+    ``coverage_50`` and ``interval_width``, over all entries as the functions of these names give them, and
+    ``by_output`` for each column of a target of shape (n, d). For classification ``accuracy``, ``nll``, ``brier``,
+    ``ece`` and ``entropy``.
     """
     if not model.is_regression:
         probabilities, _ = model.predict(X)
-        return {metric.__name__: metric(y, probabilities) for metric in (accuracy, nll, ece, brier)}
+        scores = {metric.__name__: metric(y, probabilities) for metric in (accuracy, nll, brier, ece)}
+        return Scores({**scores, "entropy": entropy(probabilities)})
     mean, var = model.predict(X)
+    own = getattr(model, "predict_interval", None)
+    bounds = [gaussian_interval(mean, var, p) if own is None else own(X, p) for p in (level, 0.5)]
+    y, *arrays = _aligned(y=y, mean=mean, var=var, lower=bounds[0][0], upper=bounds[0][1],
+                          lower_50=bounds[1][0], upper_50=bounds[1][1])  # fmt: skip
+    overall = _regression_scores(y, *arrays)
+    if y.ndim == 1:
+        return Scores(overall)
+    columns = [_regression_scores(*(array[:, j] for array in (y, *arrays))) for j in range(y.shape[1])]
+    return Scores(overall, {name: np.array([column[name] for column in columns]) for name in overall})
+
+
+def _regression_scores(
+    y: np.ndarray, mean: np.ndarray, var: np.ndarray,
+    lower: np.ndarray, upper: np.ndarray, lower_50: np.ndarray, upper_50: np.ndarray,
+) -> dict[str, float]:  # fmt: skip
     return {
         "rmse": rmse(y, mean),
         "mae": mae(y, mean),
+        "r2": math.nan if (np.ptp(y, axis=0) == 0).any() else r2(y, mean),
         "nlpd": nlpd(y, mean, var),
-        "coverage": coverage(y, mean, var, level),
         "crps": crps(y, mean, var),
-        "interval_width": interval_width(*gaussian_interval(mean, var, level)),
+        "coverage": interval_coverage(y, lower, upper),
+        "coverage_50": interval_coverage(y, lower_50, upper_50),
+        "interval_width": interval_width(lower, upper),
     }

@@ -88,7 +88,10 @@ class Partition:
                 raise SelectionError(f"there is a mask for {path!r}, but no such leaf{nearest(path, shapes)}.")
         structure, indices = [], []
         for path, shape in shapes.items():
-            mask = np.asarray(masks.get(path, np.zeros(shape, bool)))
+            if path not in masks:
+                structure.append(LeafSelection(path, tuple(shape), 0))
+                continue
+            mask = np.asarray(masks[path])
             if mask.dtype != bool or mask.shape != tuple(shape):
                 raise SelectionError(
                     f"the mask of {path!r} must be boolean with the leaf's shape {tuple(shape)}; "

@@ -1,14 +1,17 @@
 """Plots of predictions against what was measured: accuracy, calibration, and whether uncertainty finds the errors.
 
 Every function draws into the Matplotlib axes ``ax``, or into those of a new
-figure, and returns the axes: ``plots.parity(y, mean, var).figure.savefig("parity.png")``.
-Arguments are as in ``metrics``: ``(y_true, mean, var)`` of shape (n,) or (n, 1),
-or ``(labels, probabilities)`` of shapes (n,) and (n, C). Pyplot is not used, so
-no global state and no backend is touched. ``partition`` and ``partition_comparison``
-show which weights are Bayesian, and which should be; they return a whole figure.
+figure, and returns the axes: ``plots.parity(model, X_test, y_test).figure.savefig("parity.png")``.
+Arguments are a fitted model with inputs and targets, or predictions as in ``metrics``:
+``(y_true, mean, var)`` of shape (n,) or (n, 1), or ``(labels, probabilities)`` of shapes
+(n,) and (n, C). A model that has ``predict_interval`` is judged by its own intervals,
+everything else by Gaussian ones. Pyplot is not used, so no global state and no backend is
+touched. ``partition`` and ``partition_comparison`` show which weights are Bayesian, and
+which should be; they return a whole figure.
 """
 
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,7 +20,10 @@ from . import errors, metrics
 from ._drawing import BLUE as _BLUE
 from ._drawing import GREY as _GREY
 from ._drawing import ORANGE as _ORANGE
-from ._drawing import light_grid, new_figure
+from ._drawing import legend as _legend
+from ._drawing import new_axes as _axes
+from ._drawing import one_output as _one_output
+from .classification_plots import confidence_histogram, reliability, uncertainty_histogram
 from .partition_plots import partition, partition_comparison
 
 if TYPE_CHECKING:
@@ -28,30 +34,59 @@ __all__ = [
     "reliability", "uncertainty_histogram",
 ]  # fmt: skip
 
+_Intervals: TypeAlias = Callable[[float], tuple[np.ndarray, np.ndarray]]
+
 _MAX_POINTS = 2000  # more would hide each other and take seconds to draw
 
 
-def _axes(ax: "Axes | None", *, square: bool) -> "Axes":
-    """``ax``, or the axes of a new figure, with a light grid and two spines."""
-    if ax is None:
-        ax = new_figure(*((5.0, 5.0) if square else (6.0, 4.2))).subplots()
-    light_grid(ax)
-    return ax
+class _Predicted(NamedTuple):
+    """One output: targets, means, the bounds of its central intervals, and the share inside at several levels."""
+
+    y: np.ndarray
+    mean: np.ndarray
+    interval: _Intervals
+    curve: Callable[[], metrics.CalibrationCurve]
 
 
-def _one_output(**arrays: Any) -> list[np.ndarray]:
-    """The arrays as float64 of one shape (n,)."""
-    checked = []
-    for name, array in arrays.items():
-        values = np.asarray(array, np.float64)
-        if values.ndim == 2 and values.shape[1] == 1:
-            values = values[:, 0]
-        if values.ndim != 1:
-            raise errors.DataError(f"{name} has shape {values.shape}. Plot one output at a time: {name}[:, j].")
-        if checked and len(values) != len(checked[0]):
-            raise errors.DataError(f"{name} has {len(values)} rows but {next(iter(arrays))} has {len(checked[0])}.")
-        checked.append(values)
-    return checked
+def _predicted(y_true: Any, mean: Any, var: Any, output: int | None) -> _Predicted:
+    """From ``(y_true, mean, var)`` or from ``(model, X, y)``."""
+    own = None
+    if hasattr(y_true, "predict"):
+        model, X, y_true = y_true, mean, var
+        if not model.is_regression:
+            raise errors.OptionError("this plot is for numbers and the model predicts classes. Use plots.reliability.")
+        mean, var = model.predict(X)
+        predict_interval = getattr(model, "predict_interval", None)
+        if predict_interval is not None:
+            own = lambda level: [_column(bound, output) for bound in predict_interval(X, level)]  # noqa: E731
+    chosen = {"y_true": y_true, "mean": mean, "var": var}
+    y, mean, var = _one_output(**{name: _column(array, output) for name, array in chosen.items()})
+    if own is None:
+        return _Predicted(
+            y, mean, lambda level: metrics.gaussian_interval(mean, var, level),
+            lambda: metrics.calibration_curve(y, mean, var),
+        )  # fmt: skip
+
+    def interval(level: float) -> tuple[np.ndarray, np.ndarray]:
+        low, high = own(level)
+        low, high = _one_output(lower=low, upper=high)
+        return low, high
+
+    def curve() -> metrics.CalibrationCurve:
+        levels = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])  # the model computes each anew
+        return metrics.CalibrationCurve(levels, np.array([metrics.interval_coverage(y, *interval(p)) for p in levels]))
+
+    return _Predicted(y, mean, interval, curve)
+
+
+def _column(array: Any, output: int | None) -> Any:
+    """Column ``output`` of an (n, d) array; any other is left as it is."""
+    if output is None or np.ndim(array) != 2:
+        return array
+    array = np.asarray(array)
+    if not 0 <= output < array.shape[1]:
+        raise errors.OptionError(f"output={output!r} does not exist: there are {array.shape[1]}, counted from 0.")
+    return array[:, output]
 
 
 def _with_unit(label: str, unit: str) -> str:
@@ -75,19 +110,13 @@ def _padded_limits(values: np.ndarray) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def _legend(ax: "Axes", location: Literal["upper left", "upper right"]) -> None:
-    ax.legend(loc=location, frameon=True, framealpha=0.9, edgecolor="none", fontsize="small")
-
-
-# Regression
-
-
 def parity(
-    y_true: ArrayLike,
+    y_true: Any,
     mean: ArrayLike,
     var: ArrayLike,
     *,
     level: float = 0.95,
+    output: int | None = None,
     name: str = "target",
     unit: str = "",
     ax: "Axes | None" = None,
@@ -98,13 +127,14 @@ def parity(
 
     Parameters
     ----------
-    y_true, mean, var : shape (n,) or (n, 1).
+    y_true, mean, var : shape (n,) or (n, 1); or a fitted model, X and y.
     level : probability of the intervals.
+    output : which column, where there are several outputs.
     name, unit : what the target is, for the axis labels.
     ax : axes to draw into.
     """
-    y, mean, var = _one_output(y_true=y_true, mean=mean, var=var)
-    lower, upper = metrics.gaussian_interval(mean, var, level)
+    y, mean, interval, _ = _predicted(y_true, mean, var, output)
+    lower, upper = interval(level)
     covered = metrics.interval_coverage(y, lower, upper)
     rmse = metrics.rmse(y, mean)
     ax = _axes(ax, square=True)
@@ -130,7 +160,9 @@ def parity(
     return ax
 
 
-def calibration(y_true: ArrayLike, mean: ArrayLike, var: ArrayLike, *, ax: "Axes | None" = None) -> "Axes":
+def calibration(
+    y_true: Any, mean: ArrayLike, var: ArrayLike, *, output: int | None = None, ax: "Axes | None" = None
+) -> "Axes":
     """Share of targets inside the central intervals against the probability the intervals promise.
 
     On the diagonal the intervals are right; below it they are too narrow. The
@@ -139,11 +171,12 @@ def calibration(y_true: ArrayLike, mean: ArrayLike, var: ArrayLike, *, ax: "Axes
 
     Parameters
     ----------
-    y_true, mean, var : shape (n,) or (n, 1).
+    y_true, mean, var : shape (n,) or (n, 1); or a fitted model, X and y.
+    output : which column, where there are several outputs.
     ax : axes to draw into.
     """
-    y, mean, var = _one_output(y_true=y_true, mean=mean, var=var)
-    curve = metrics.calibration_curve(y, mean, var)
+    predicted = _predicted(y_true, mean, var, output)
+    y, curve = predicted.y, predicted.curve()
     ax = _axes(ax, square=True)
     level = np.linspace(0, 1, 101)
     margin = 1.96 * np.sqrt(level * (1 - level) / len(y))
@@ -172,11 +205,12 @@ def calibration(y_true: ArrayLike, mean: ArrayLike, var: ArrayLike, *, ax: "Axes
 
 
 def interval_width(
-    y_true: ArrayLike,
+    y_true: Any,
     mean: ArrayLike,
     var: ArrayLike,
     *,
     level: float = 0.95,
+    output: int | None = None,
     name: str = "target",
     unit: str = "",
     ax: "Axes | None" = None,
@@ -187,18 +221,19 @@ def interval_width(
 
     Parameters
     ----------
-    y_true, mean, var : shape (n,) or (n, 1).
+    y_true, mean, var : shape (n,) or (n, 1); or a fitted model, X and y.
     level : probability of the intervals.
+    output : which column, where there are several outputs.
     name, unit : what the target is, for the axis labels.
     ax : axes to draw into.
     """
-    y, mean, var = _one_output(y_true=y_true, mean=mean, var=var)
-    lower, upper = metrics.gaussian_interval(mean, var, level)
+    y, mean, interval, _ = _predicted(y_true, mean, var, output)
+    lower, upper = interval(level)
     width, error = upper - lower, np.abs(y - mean)
     ax = _axes(ax, square=False)
     shown, count = _shown(len(y))
-    outside = shown[error[shown] > width[shown] / 2]
-    inside = np.setdiff1d(shown, outside)
+    missed = (y < lower) | (upper < y)
+    outside, inside = shown[missed[shown]], shown[~missed[shown]]
     middle = float(np.median(width))
     # Widths that hardly differ are shown as such, instead of spread over the whole axis.
     xlim = _padded_limits(np.concatenate([width[shown], [0.9 * middle, 1.1 * middle]]))
@@ -216,157 +251,3 @@ def interval_width(
     )
     ax.legend(loc="upper left", ncols=3, frameon=False, fontsize="small")
     return ax
-
-
-# Classification
-
-
-def _top_class(labels: ArrayLike, probabilities: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Probability of the most probable class, and whether that class is right, both (n,)."""
-    metrics.accuracy(labels, probabilities)  # checks both
-    probabilities = np.asarray(probabilities, np.float64)
-    return probabilities.max(axis=1), probabilities.argmax(axis=1) == np.asarray(labels)
-
-
-def _right_and_wrong(ax: "Axes", values: np.ndarray, right: np.ndarray, bins: list[float], *, shares: bool) -> None:
-    """Histograms of ``values`` of the right and of the wrong predictions, as shares of each or as stacked counts."""
-    groups = [values[right], values[~right]]
-    labels = [f"right ({len(groups[0]):,})", f"wrong ({len(groups[1]):,})"]
-    if not shares:
-        ax.hist(groups, bins, stacked=True, color=[_BLUE, _ORANGE], label=labels, edgecolor="white", linewidth=0.5)
-        return
-    for group, colour, label in zip(groups, (_BLUE, _ORANGE), labels, strict=True):
-        weights = np.full(len(group), 1 / max(len(group), 1))
-        ax.hist(group, bins, weights=weights, color=colour, alpha=0.55, label=label, edgecolor="white", linewidth=0.5)
-
-
-def reliability(labels: ArrayLike, probabilities: ArrayLike, *, num_bins: int = 15, ax: "Axes | None" = None) -> "Axes":
-    """Accuracy against confidence, the probability of the most probable class, in bins of confidence.
-
-    On the diagonal the probabilities are right; below it the classifier is
-    overconfident. Error bars are one binomial standard error (of the add-one
-    estimate, so that a bin of few rows does not look certain); numbers say how
-    many rows a bin holds.
-
-    Parameters
-    ----------
-    labels : shape (n,), in ``0..C-1``.
-    probabilities : shape (n, C).
-    num_bins : number of equally wide bins on [0, 1].
-    ax : axes to draw into.
-    """
-    curve = metrics.reliability_curve(labels, probabilities, num_bins)
-    ece = metrics.ece(labels, probabilities, num_bins)
-    ax = _axes(ax, square=True)
-    smoothed = (curve.accuracy * curve.counts + 1) / (curve.counts + 2)
-    margin = np.sqrt(smoothed * (1 - smoothed) / (curve.counts + 2))
-    bars = [np.minimum(margin, curve.accuracy), np.minimum(margin, 1 - curve.accuracy)]
-    ax.plot([0, 1], [0, 1], color="0.4", linewidth=1, linestyle="--", label="calibrated")
-    ax.errorbar(
-        curve.confidence, curve.accuracy, yerr=bars, color=_BLUE, marker="o", markersize=5, capsize=3, linewidth=1.2,
-        ecolor=(*_rgb(_BLUE), 0.45), label="this model",
-    )  # fmt: skip
-    for x, y, count in zip(curve.confidence, curve.accuracy, curve.counts, strict=True):
-        ax.annotate(
-            f"{count:,}", (x, y), xytext=(6, -12), textcoords="offset points", ha="left", fontsize=8, color="0.35"
-        )
-    ax.text(0.97, 0.03, "below the diagonal:\noverconfident", ha="right", va="bottom", color="0.4", fontsize=9)
-    ax.set(
-        xlim=(0, 1.06),
-        ylim=(-0.05, 1.06),
-        aspect="equal",
-        xlabel="confidence",
-        ylabel="accuracy",
-        title=f"Reliability (n = {int(curve.counts.sum()):,}, ECE {ece:.3f})",
-    )
-    _legend(ax, "upper left")
-    return ax
-
-
-def _rgb(colour: str) -> tuple[float, float, float]:
-    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
-    return red, green, blue
-
-
-def confidence_histogram(
-    labels: ArrayLike, probabilities: ArrayLike, *, num_bins: int = 20, ax: "Axes | None" = None
-) -> "Axes":
-    """How many rows are predicted with which confidence, right and wrong ones stacked.
-
-    Parameters
-    ----------
-    labels : shape (n,), in ``0..C-1``.
-    probabilities : shape (n, C).
-    num_bins : number of equally wide bins between chance, 1 / C, and 1.
-    ax : axes to draw into.
-    """
-    confidence, right = _top_class(labels, probabilities)
-    ax = _axes(ax, square=False)
-    chance = 1 / np.asarray(probabilities).shape[1]
-    _right_and_wrong(ax, confidence, right, np.linspace(chance, 1 + 1e-6, num_bins + 1).tolist(), shares=False)
-    for value, style, label in (
-        (confidence.mean(), "-", f"mean confidence {confidence.mean():.3f}"),
-        (right.mean(), ":", f"accuracy {right.mean():.3f}"),
-    ):
-        ax.axvline(value, color="0.25", linestyle=style, linewidth=1.4, label=label)
-    ax.set(
-        xlim=(chance, 1.005),
-        xlabel="confidence (probability of the predicted class)",
-        ylabel="number of rows",
-        title=f"Confidence (n = {len(right):,})",
-    )
-    _legend(ax, "upper left")
-    return ax
-
-
-def uncertainty_histogram(
-    labels: ArrayLike,
-    probabilities: ArrayLike,
-    uncertainty: ArrayLike,
-    *,
-    num_bins: int = 20,
-    name: str = "uncertainty",
-    ax: "Axes | None" = None,
-) -> "Axes":
-    """Uncertainty of right predictions and of wrong ones, each as shares that add up to 1.
-
-    The better the uncertainty, the less the two overlap; the title gives the
-    probability that a wrong prediction is the more uncertain of a random pair (AUROC).
-
-    Parameters
-    ----------
-    labels : shape (n,), in ``0..C-1``.
-    probabilities : shape (n, C).
-    uncertainty : shape (n,): entropy, mutual information or any other score.
-    num_bins : number of equally wide bins.
-    name : what the uncertainty is, for the axis label.
-    ax : axes to draw into.
-    """
-    _, right = _top_class(labels, probabilities)
-    right_as_float, values = _one_output(labels=right, uncertainty=uncertainty)
-    if not np.isfinite(values).all():
-        raise errors.DataError("uncertainty has non-finite values. Leave out such rows.")
-    ax = _axes(ax, square=False)
-    top = float(values.max()) or 1.0
-    bins = np.linspace(min(0.0, float(values.min())), top, num_bins + 1).tolist()
-    _right_and_wrong(ax, values, right, bins, shares=True)
-    score = _auroc(values, right_as_float == 0)
-    found = "" if score is None else f", AUROC {score:.2f}"
-    ax.set(
-        xlabel=name,
-        ylabel="share of predictions",
-        title=f"Uncertainty, right and wrong (n = {len(right):,}{found})",
-    )
-    _legend(ax, "upper right")
-    return ax
-
-
-def _auroc(values: np.ndarray, positive: np.ndarray) -> float | None:
-    """Probability that a positive has the larger value of a random pair, ties counting one half."""
-    num_pairs = int(positive.sum()) * int((~positive).sum())
-    if num_pairs == 0:
-        return None
-    negatives = np.sort(values[~positive])
-    below = np.searchsorted(negatives, values[positive], side="left")
-    up_to = np.searchsorted(negatives, values[positive], side="right")
-    return float((below + up_to).sum() / (2 * num_pairs))

@@ -1,9 +1,12 @@
 """Draws from a posterior, with how they were made."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
+
+from .errors import OptionError
 
 
 class Analytic(Protocol):
@@ -52,3 +55,20 @@ class Posterior:
     def flat_draws(self) -> np.ndarray:
         """All draws of all chains, shape (chain * draw, size)."""
         return self.draws.reshape(self.num_chains * self.num_draws, self.draws.shape[-1])
+
+
+def joined(parts: Sequence[Posterior]) -> Posterior:
+    """Posteriors of positions of the same length as one, the chains of each after those of the one before."""
+    if len(parts) == 1:
+        return parts[0]
+    if len({part.draws.shape[-1] for part in parts}) > 1:
+        raise OptionError(
+            "the backbones chose different numbers of Bayesian weights, so their draws cannot be one array. Choose "
+            "weights by name or index, or fit with num_backbones=1."
+        )
+    names = [name for name in parts[0].stats if all(name in part.stats for part in parts)]
+    draws = min(part.num_draws for part in parts)  # runs that ended by a rule may differ
+    stats = {name: np.concatenate([part.stats[name][:, :draws] for part in parts]) for name in names}
+    seconds = sum(float(part.info.get("seconds", 0.0)) for part in parts)
+    info = {**parts[0].info, "num_backbones": len(parts), "seconds": seconds}
+    return Posterior(np.concatenate([part.draws[:, :draws] for part in parts]), stats, info)

@@ -22,14 +22,15 @@ from .hoisting import Hoisted, hoist_network
 from .networks.base import Network
 from .partition import Partition
 from .posterior import Analytic
-from .row_blocks import rows_per_block
+from .row_blocks import probe, rows_per_block
+from .rows_last import RowsLast, with_rows_last
 from .subspaces import RandomPart
 
 MAX_DRAWS_PER_BLOCK = 256
 """Draws in one compiled call at most."""
 
-VALUES_PER_BLOCK = 2**22
-"""Outputs of all draws kept at once where quantiles need them."""
+MAX_ROWS_PER_BLOCK = 512
+"""Rows of a block at most: more blocks keep all cores busy, and their activations in the cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,19 +161,23 @@ def function_draws(source: Source, x: np.ndarray, theta: np.ndarray) -> np.ndarr
     return np.concatenate(parts, axis=1)
 
 
-def mixture_quantiles(source: Source, x: np.ndarray, levels: Sequence[float]) -> np.ndarray:
-    """Quantiles of the predictive Gaussian mixture over draws, ``(levels, n, outputs)``, in working units."""
-    rows = max(1, VALUES_PER_BLOCK // max(1, source.noise_std.size))
-    noise_std, wanted = source.noise_std[:, None, :], np.asarray(levels, np.float32)
-    parts = []
-    for block, size in _row_blocks(x, rows):
-        means = function_draws(source, block, source.theta)
-        parts.append(np.asarray(_solve_quantiles(means, noise_std, wanted))[:, :size])
-    return np.concatenate(parts, axis=1)
+def solve_quantiles(
+    means: np.ndarray, noise_std: np.ndarray, weights: np.ndarray, levels: Sequence[float]
+) -> np.ndarray:
+    """Quantiles ``(levels, n, d)`` of mixtures of Gaussians.
+
+    ``means`` is (draws, n, d), ``noise_std`` (draws, d), and ``weights`` (draws,) sum to one.
+    """
+    size = data.bucket_size(means.shape[1])  # one compiled program for all row counts of a bucket
+    padded = np.pad(means, [(0, 0), (0, size - means.shape[1]), (0, 0)], mode="edge").astype(np.float32)
+    solved = _solve_quantiles(
+        padded, noise_std[:, None, :].astype(np.float32), weights.astype(np.float32), np.asarray(levels, np.float32)
+    )
+    return np.asarray(solved)[:, : means.shape[1]]
 
 
 @jax.jit
-def _solve_quantiles(means: Array, noise_std: Array, levels: Array) -> Array:
+def _solve_quantiles(means: Array, noise_std: Array, weights: Array, levels: Array) -> Array:
     """Bisection on the mixture's distribution function; 40 halvings reach float32 resolution."""
     low = jnp.min(means - 6.0 * noise_std, axis=0)
     high = jnp.max(means + 6.0 * noise_std, axis=0)
@@ -181,7 +186,7 @@ def _solve_quantiles(means: Array, noise_std: Array, levels: Array) -> Array:
         def halve(_, bounds):
             low, high = bounds
             middle = 0.5 * (low + high)
-            below = jnp.mean(jax.scipy.stats.norm.cdf(middle, means, noise_std), axis=0) < level
+            below = jnp.tensordot(weights, jax.scipy.stats.norm.cdf(middle, means, noise_std), 1) < level
             return jnp.where(below, middle, low), jnp.where(below, high, middle)
 
         return jax.lax.fori_loop(0, 40, halve, (low, high))[0]
@@ -205,37 +210,35 @@ def _reduce(source: Source, x: np.ndarray, quantity) -> tuple[np.ndarray, np.nda
 
     def moments_of(block: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
         hoisted, carry = _hoist(source, block)
-        moments = _no_moments(hoisted, quantity, source.theta, carry)
+        late = with_rows_last(hoisted, _twin(source, hoisted, block), quantity, source.partition.size)
+        zeros = np.zeros(late.shape, np.float32)
+        moments = np.float32(0), zeros, zeros
         for chunk, count in _draw_blocks(source.theta, MAX_DRAWS_PER_BLOCK):
-            moments = _accumulate(hoisted, quantity, chunk, carry, np.int32(count), moments)
-        return np.asarray(moments[1])[:size], np.asarray(moments[2])[:size]
+            moments = _accumulate(late, chunk, carry, np.int32(count), moments)
+        mean, squares = (np.moveaxis(np.asarray(moment), -1, 0)[:size] for moment in moments[1:])
+        return mean, squares
 
     parts = side_by_side(moments_of, _row_blocks(x, _rows(source, x)))
     return np.concatenate([mean for mean, _ in parts]), np.concatenate([squares for _, squares in parts])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _accumulate(hoisted: Hoisted, quantity, theta: Array, carry: Any, count: Array, moments):
-    """Welford's update of (number, mean, sum of squares) with the first ``count`` draws of a block.
+@functools.partial(jax.jit, static_argnums=0)
+def _accumulate(late: RowsLast, theta: Array, carry: Any, count: Array, moments):
+    """Welford's update of (number, mean, sum of squares), rows last, with the first ``count`` draws of a block.
 
     One draw after another: its activations stay in the processor's cache, which
     those of many draws at once would not.
     """
+    arranged = late.arrange(carry)
 
     def add(i, moments):
         number, mean, squares = moments
-        values = quantity(hoisted.late(theta[i], carry))
+        values = late.function(theta[i], arranged).astype(mean.dtype)
         change = values - mean
         mean = mean + change / (number + 1)
         return number + 1, mean, squares + change * (values - mean)
 
     return jax.lax.fori_loop(0, count, add, moments)
-
-
-def _no_moments(hoisted: Hoisted, quantity, theta: np.ndarray, carry: Any):
-    values = jax.eval_shape(lambda draw: quantity(hoisted.late(draw, carry)), theta[0])
-    zeros = np.zeros(values.shape, values.dtype)
-    return np.float32(0), zeros, zeros
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -249,6 +252,12 @@ def _hoist(source: Source, block: np.ndarray):
     return hoisted, hoisted.early(partition, params, state, block)
 
 
+def _twin(source: Source, hoisted: Hoisted, block: np.ndarray) -> Hoisted:
+    """The same split for another number of rows: the one that measured the size of a block, if it is another."""
+    twin = probe(*source[:4], block)
+    return twin if twin.num_rows != hoisted.num_rows else hoisted.resized(2 * hoisted.num_rows)
+
+
 def _row_blocks(x: np.ndarray, rows: int):
     """Blocks of at most ``rows`` rows, padded to a bucket size, each with its number of real rows."""
     for first in range(0, len(x), rows):
@@ -257,7 +266,7 @@ def _row_blocks(x: np.ndarray, rows: int):
 
 
 def _rows(source: Source, x: np.ndarray) -> int:
-    return rows_per_block(source.network, source.partition, source.params, source.state, x)
+    return min(rows_per_block(*source[:4], x), MAX_ROWS_PER_BLOCK)
 
 
 def _draw_blocks(theta: np.ndarray, size: int):

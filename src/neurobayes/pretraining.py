@@ -65,9 +65,9 @@ def default_batch_size(num_rows: int, batch_size: int | None) -> int | None:
     return None if batch_size >= num_rows else batch_size
 
 
-def default_epochs(steps_per_epoch: int) -> int:
-    """Epochs of a run whose length is not given: 500, fewer where an epoch has many steps."""
-    return int(min(DEFAULT_EPOCHS, max(50, DEFAULT_STEPS // steps_per_epoch)))
+def default_epochs(steps_per_epoch: int, most: int = DEFAULT_EPOCHS) -> int:
+    """Epochs of a run whose length is not given: ``most``, fewer where an epoch has many steps."""
+    return int(min(most, max(50, DEFAULT_STEPS // steps_per_epoch)))
 
 
 def pretrain(
@@ -89,18 +89,10 @@ def pretrain(
     """
     num_rows = int(np.asarray(rows.real).sum())
     key, key_search = jax.random.split(key)
-    program = training.Program(
-        network, likelihood, batch_size=default_batch_size(num_rows, options.batch_size),
-        track_statistics=options.track_statistics,
-    )  # fmt: skip
-    steps = training.num_steps_per_epoch(program, num_rows)
-    num_epochs = options.epochs or default_epochs(steps)
-    rates = schedules.learning_rates(options.learning_rate, num_epochs, steps)
-    search, sigma = None, options.sigma
+    program, rates = plan_training(network, likelihood, num_rows, options)
+    sigma, search = options.sigma, None
     if sigma == "auto" or options.epochs is None:
-        sigmas = regularisation.SIGMA_GRID if sigma == "auto" else (float(sigma) if sigma else np.inf,)
-        search = regularisation.choose(program, key_search, rows, noise_std, sigmas, rates, seed)
-        sigma = search.sigma
+        sigma, search = regularise(program, key_search, rows, noise_std, options, rates, seed)
         if options.averaging is None:
             rates = rates[: search.num_epochs]
     collect = None
@@ -108,7 +100,7 @@ def pretrain(
         rates, collect = options.averaging.apply(rates)
     settings = training.Settings(
         row_weights=np.asarray(rows.real, np.float32),
-        prior_precision=np.float32(1.0 / sigma**2 if sigma else 0.0),  # type: ignore[operator]
+        prior_precision=precision(sigma),
         noise_std=np.asarray(noise_std, np.float32),
         burn_in=np.int32(options.burn_in * len(rates)),
     )
@@ -116,5 +108,47 @@ def pretrain(
     result, state = training.train(
         program, key, rows, settings, learning_rates=rates, collect=collect, on_progress=report
     )
-    chosen = None if sigma is None or not np.isfinite(float(sigma)) else float(sigma)
-    return Pretrained(result.params, state, result.history, result.statistics, chosen, len(rates), search)
+    return Pretrained(result.params, state, result.history, result.statistics, finite(sigma), len(rates), search)
+
+
+def plan_training(
+    network: Network,
+    likelihood: Likelihood,
+    num_rows: int,
+    options: PretrainingOptions,
+    most_epochs: int = DEFAULT_EPOCHS,
+) -> tuple[training.Program, np.ndarray]:
+    """The program for ``num_rows`` rows and its step sizes ``(epochs, steps)``, for the longest run considered."""
+    program = training.Program(
+        network, likelihood, batch_size=default_batch_size(num_rows, options.batch_size),
+        track_statistics=options.track_statistics,
+    )  # fmt: skip
+    steps = training.num_steps_per_epoch(program, num_rows)
+    num_epochs = options.epochs or default_epochs(steps, most_epochs)
+    return program, schedules.learning_rates(options.learning_rate, num_epochs, steps)
+
+
+def regularise(
+    program: training.Program,
+    key: Key,
+    rows: training.Rows,
+    noise_std: np.ndarray,
+    options: PretrainingOptions,
+    rates: np.ndarray,
+    seed: int,
+) -> tuple[float, Regularisation]:
+    """The prior scale, from a grid with ``sigma="auto"``, and the length of training that unseen rows favour."""
+    sigma = options.sigma
+    sigmas = regularisation.SIGMA_GRID if isinstance(sigma, str) else (float(sigma) if sigma else np.inf,)
+    search = regularisation.choose(program, key, rows, noise_std, sigmas, rates, seed)
+    return search.sigma, search
+
+
+def finite(sigma: float | str | None) -> float | None:
+    """A prior scale as it is reported: None where there is no prior."""
+    return None if sigma is None or not np.isfinite(float(sigma)) else float(sigma)
+
+
+def precision(sigma: float | str | None) -> np.float32:
+    """One over the prior variance; zero for no prior."""
+    return np.float32(1.0 / float(sigma) ** 2 if sigma else 0.0)

@@ -5,7 +5,7 @@ its centre and standard deviation may differ from scalar to scalar and are
 data to the compiled programs, so changing them recompiles nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,12 +44,18 @@ def prior_std_tree(params: Params, priors_sigma: float | Mapping[str, float], *,
     ``default`` where none matches.
     """
     leaves = trees.flatten(params)
-    if isinstance(priors_sigma, Mapping):
-        per_leaf = _resolve_names(list(leaves), priors_sigma, default)
-    else:
-        per_leaf = dict.fromkeys(leaves, _positive("priors_sigma", priors_sigma))
+    per_leaf = prior_std_by_leaf(list(leaves), priors_sigma, default=default)
     filled = {path: np.full(leaf.shape, per_leaf[path], np.float32) for path, leaf in leaves.items()}
     return trees.unflatten(filled, params)
+
+
+def prior_std_by_leaf(
+    paths: Sequence[str], priors_sigma: float | Mapping[str, float], *, default: float = 1.0
+) -> dict[str, float]:
+    """Leaf path -> the prior standard deviation of its scalars, by the rule of ``prior_std_tree``."""
+    if isinstance(priors_sigma, Mapping):
+        return _resolve_names(list(paths), priors_sigma, default)
+    return dict.fromkeys(paths, _positive("priors_sigma", priors_sigma))
 
 
 def weight_prior(
@@ -62,9 +68,14 @@ def weight_prior(
     """
     if isinstance(partition, Subspace):
         std = np.full(partition.size, _positive("priors_sigma", priors_sigma), np.float32)
-    else:
-        std = split(partition, prior_std_tree(params, priors_sigma))
-    return WeightPrior(split(partition, params if prior_mean == "map" else jax.tree.map(np.zeros_like, params)), std)
+        centre = params if prior_mean == "map" else jax.tree.map(np.zeros_like, params)
+        return WeightPrior(split(partition, centre), std)
+    # By the numbers of scalars: a value for every frozen weight would take as much memory as the network.
+    counts = partition.counts()
+    per_leaf = prior_std_by_leaf(list(counts), priors_sigma)
+    std = np.repeat(np.array([per_leaf[path] for path in counts], np.float32), list(counts.values()))
+    mean = split(partition, params) if prior_mean == "map" else np.zeros(partition.size, np.float32)
+    return WeightPrior(mean, std)
 
 
 split = jax.jit(lambda partition, params: partition.split(params))
@@ -81,6 +92,14 @@ def default_noise_prior(scale: np.ndarray) -> Any:
     import numpyro.distributions as dist
 
     return dist.HalfNormal(np.asarray(scale, np.float32))
+
+
+def known_noise_prior(noise_std: np.ndarray, num_rows: int) -> Any:
+    """Log-normal about a noise std ``(d,)`` that is known a hundred times better than ``num_rows`` rows would tell."""
+    import numpyro.distributions as dist
+
+    width = np.float32(0.1 / np.sqrt(2.0 * num_rows))
+    return dist.LogNormal(np.log(np.asarray(noise_std, np.float32)), width)
 
 
 def check_noise_prior(noise_prior: Any, num_outputs: int) -> Any:

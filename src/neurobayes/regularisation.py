@@ -79,7 +79,7 @@ def choose(
     used = range(min(int(folds.max()) + 1, max(1, FOLD_ROWS // num_rows)))
     weights = np.stack([(folds != k) for k in used]).astype(np.float32) * np.asarray(rows.real)
     # The same initialisation for every sigma of a fold: differences are then due to sigma.
-    start, state = _start_members(program, list(jax.random.split(key, len(weights))), rows.x)
+    start, state = start_members(program, list(jax.random.split(key, len(weights))), rows.x)
 
     def follow(sigma: float) -> np.ndarray:
         settings = Settings(weights, np.float32(1.0 / sigma**2), np.asarray(noise_std, np.float32))
@@ -168,13 +168,13 @@ def _follow(program, progress, state, rows, settings, learning_rates) -> np.ndar
     return curve
 
 
-def _start_members(program: Program, keys: Sequence[Key], x: Array) -> tuple[Any, Any]:
+def start_members(program: Program, keys: Sequence[Key], x: Array, *, averages: bool = False) -> tuple[Any, Any]:
     """Members that start from one initialisation per key, and the network's state.
 
     The compiled initialisation of the final run serves all of them: compiling a
     vmapped one takes longer than the search.
     """
-    starts = [initialise(program, key, x, None) for key in keys]
+    starts = [initialise(program, key, x, None, averages=averages) for key in keys]
     return _stack([progress for progress, _ in starts]), starts[0][1]
 
 

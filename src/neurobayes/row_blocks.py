@@ -23,7 +23,8 @@ CARRY_BUDGET_BYTES = 2**31
 """Largest result of the frozen part that is kept for all training rows."""
 
 BLOCK_BYTES = 2**26
-"""Size aimed at for the largest single activation of a block of rows."""
+CPU_BLOCK_BYTES = 2**22
+"""Size aimed at for the largest single activation of a block of rows; on a CPU that of its cache."""
 
 MAX_BLOCK_ROWS = 1024
 """Rows of a block at most: a layer's activations for more would leave the processor's cache."""
@@ -60,11 +61,16 @@ class Recomputed:
         return stacked.reshape(-1, *stacked.shape[2:])[: self.num_rows]
 
 
+def probe(network: Network, partition: RandomPart, params: Params, state: State, x: Any) -> Hoisted:
+    """The split forward pass for a few rows like those of ``x``."""
+    return hoist_network(network, partition, params, state, _like(x, _PROBE_ROWS))
+
+
 def rows_per_block(network: Network, partition: RandomPart, params: Params, state: State, x: Any) -> int:
-    """Rows whose largest activation takes about ``BLOCK_BYTES``, a power of two up to ``MAX_BLOCK_ROWS``."""
-    probe = hoist_network(network, partition, params, state, _like(x, _PROBE_ROWS))
-    per_row = max(1, probe.largest_bytes // _PROBE_ROWS)
-    rows = min(MAX_BLOCK_ROWS, max(_PROBE_ROWS, BLOCK_BYTES // per_row))
+    """Rows whose largest activation takes about as many bytes as aimed at, a power of two up to ``MAX_BLOCK_ROWS``."""
+    per_row = max(1, probe(network, partition, params, state, x).largest_bytes // _PROBE_ROWS)
+    aim = CPU_BLOCK_BYTES if jax.default_backend() == "cpu" else BLOCK_BYTES
+    rows = min(MAX_BLOCK_ROWS, max(_PROBE_ROWS, aim // per_row))
     return 1 << (rows.bit_length() - 1)
 
 

@@ -6,8 +6,9 @@ of these functions with its arguments.
 
 import dataclasses
 import fnmatch
+import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,7 +74,8 @@ def path(info: NetworkInfo, pattern: str | re.Pattern[str]) -> LeafMasks:
         regex = re.compile(pattern[3:] if isinstance(pattern, str) else pattern)
         found = [path_ for path_ in info.shapes if regex.search(path_)]
     else:
-        found = [path_ for path_ in info.shapes if fnmatch.fnmatchcase(path_, pattern)]
+        globs = list(_readings(pattern))
+        found = [path_ for path_ in info.shapes if any(fnmatch.fnmatchcase(path_, glob) for glob in globs)]
     if not found:
         text = pattern if isinstance(pattern, str) else pattern.pattern
         raise SelectionError(
@@ -81,6 +83,18 @@ def path(info: NetworkInfo, pattern: str | re.Pattern[str]) -> LeafMasks:
             "A glob must match the whole path, for example '*.kernel'."
         )
     return _all_of(info, found)
+
+
+def _readings(glob: str) -> Iterator[str]:
+    """A glob in every sense: each ``[12]`` is the index 12, in either spelling, or one of the digits 1 and 2."""
+    pieces = re.split(r"\[(\d+)\]", glob)
+    senses = [
+        (f".{piece}" if position > 1 or pieces[0] else piece, f"[[]{piece}]", f"[{piece}]")
+        if position % 2
+        else (piece,)
+        for position, piece in enumerate(pieces)
+    ]
+    return map("".join, itertools.product(*senses))
 
 
 def mask(info: NetworkInfo, held: "Held") -> LeafMasks:

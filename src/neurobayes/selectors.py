@@ -204,6 +204,7 @@ def path(pattern: str | re.Pattern[str]) -> Selector:
     ----------
     pattern : a glob for the whole path (``*.kernel``, where ``*`` also matches dots); or a
         regular expression to be found anywhere in it, compiled or as ``"re:Dense[01]"``.
+        In a glob ``[0]`` is an index as well (``blocks[0].*`` is ``blocks.0.*``), beside one of the digits in brackets.
     """
     if isinstance(pattern, str) and pattern.startswith("re:"):
         try:

@@ -84,16 +84,20 @@ class Settings(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Everything a training run carries from step to step."""
+    """Everything a training run carries from step to step; None for what it was not asked to keep.
+
+    ``average`` is there where weights are averaged, ``best_params`` with early
+    stopping. What is None is in no compiled step.
+    """
 
     params: Params
     opt_state: Any
     key: Key
     epoch: Array
-    best_params: Params
+    best_params: Params | None
     best_loss: Array
     best_epoch: Array
-    average: Params
+    average: Params | None
     num_averaged: Array
     statistics: Statistics | None
 
@@ -145,11 +149,22 @@ def log_prior(params: Params, precision: Array) -> Array:
     return jnp.where(precision > 0, constant - 0.5 * precision * squares, 0.0)
 
 
-def initialise(program: Program, key: Key, x: Array, params: Params | None) -> tuple[Progress, State]:
-    """The progress before the first epoch, for inputs like ``x``; ``params`` overrides the random initialisation."""
+def initialise(
+    program: Program, key: Key, x: Array, params: Params | None, *, averages: bool = False
+) -> tuple[Progress, State]:
+    """The progress before the first epoch, for inputs like ``x``.
+
+    ``params`` overrides the random initialisation; ``averages`` makes room for an average of the weights.
+    """
     # What only matters later is left out of the compiled program's identity, so that a search and a run share it.
-    program = dataclasses.replace(program, batch_size=None, monitor=None, early_stopping=False)
-    return _initialise(program, key, np.zeros((1, *x.shape[1:]), x.dtype), params)
+    shared = dataclasses.replace(program, batch_size=None, monitor=None, early_stopping=False)
+    progress, state = _initialise(shared, key, np.zeros((1, *x.shape[1:]), x.dtype), params)
+    if program.early_stopping:
+        progress = progress._replace(best_params=progress.params)
+    if averages:
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), progress.params)
+        progress = progress._replace(average=zeros)
+    return progress, state
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -158,12 +173,11 @@ def _initialise(program: Program, key: Key, x: Array, params: Params | None) -> 
     fresh, state = program.network.init(key_init, x)
     start: Any = fresh if params is None else params
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), start)
-    zeros = jax.tree.map(jnp.zeros_like, params)
     statistics = weight_statistics.start(params) if program.track_statistics else None
     opt_state = make_optimizer(program.optimizer).init(params)  # pyright: ignore[reportArgumentType]
     progress = Progress(
         params, opt_state, key_run, jnp.int32(0),
-        params, jnp.float32(jnp.inf), jnp.int32(0), zeros, jnp.zeros((), jnp.float32), statistics,
+        None, jnp.float32(jnp.inf), jnp.int32(0), None, jnp.zeros((), jnp.float32), statistics,
     )  # fmt: skip
     return progress, state
 
@@ -247,6 +261,7 @@ def run_epochs(program, progress, state, rows, validation, settings, learning_ra
     Losses are NaN for epochs that were not run. The ``"unseen"`` loss of an
     epoch is that of the weights the epoch starts from, because the training
     step computes that forward pass anyway; ``"validation"`` is measured after it.
+    Where ``progress`` holds no average, ``collect`` is not looked at.
     """
     num_rows = jnp.maximum(rows.real.sum(), 1.0)
     blank = jnp.full(EPOCHS_PER_CALL, jnp.nan, jnp.float32)
@@ -262,7 +277,8 @@ def run_epochs(program, progress, state, rows, validation, settings, learning_ra
             watched = watched.at[i].set(value)
             if program.early_stopping:
                 progress = _keep_best(progress, seen, value, settings.min_delta)
-        progress = _average(progress, collect[i])
+        if progress.average is not None:
+            progress = _average(progress, collect[i])
         return i + 1, progress._replace(epoch=progress.epoch + 1), losses, watched
 
     def goes_on(carry):
@@ -341,7 +357,7 @@ def train(
     TrainingError
         When the loss stops being finite; nothing is returned.
     """
-    progress, state = initialise(program, key, rows.x, params)
+    progress, state = initialise(program, key, rows.x, params, averages=collect is not None)
     num_epochs = len(learning_rates)
     learning_rates = pad_steps(program, learning_rates, len(rows.real))
     collect = np.zeros(num_epochs, np.float32) if collect is None else collect
@@ -370,7 +386,7 @@ def train(
     result = _result(program, progress, history, done)
     # The loss of an epoch is that of the weights before its steps, so the last steps are not in it.
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.params)):
-        raise TrainingError(f"the weights are not finite after epoch {done}. {_CAUSES}")
+        raise TrainingError(f"the weights are not finite after epoch {done}. {CAUSES}")
     return result, state
 
 
@@ -381,7 +397,7 @@ def pad_chunk(values: np.ndarray) -> np.ndarray:
     return out
 
 
-_CAUSES = (
+CAUSES = (
     "Likely causes: a learning rate that is too high (try a tenth of it), inputs far outside the usual range with "
     "standardize=False, or a custom loss that is not finite for some rows."
 )
@@ -391,7 +407,7 @@ def _check_finite(losses: np.ndarray, first_epoch: int) -> None:
     bad = np.flatnonzero(~np.isfinite(losses))
     if bad.size:
         raise TrainingError(
-            f"the training loss became {losses[bad[0]]} at epoch {first_epoch + int(bad[0]) + 1}. {_CAUSES}"
+            f"the training loss became {losses[bad[0]]} at epoch {first_epoch + int(bad[0]) + 1}. {CAUSES}"
         )
 
 
@@ -401,7 +417,7 @@ def _result(program: Program, progress: Progress, history, num_epochs: int) -> T
         params = progress.average
     elif program.early_stopping:
         if not np.isfinite(progress.best_loss):
-            raise TrainingError(f"the {program.monitor} loss was never finite. {_CAUSES}")
+            raise TrainingError(f"the {program.monitor} loss was never finite. {CAUSES}")
         params = progress.best_params
     statistics = None if progress.statistics is None else weight_statistics.summarise(progress.statistics, num_averaged)
     return TrainingResult(

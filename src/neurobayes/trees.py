@@ -50,4 +50,5 @@ def parent(path: str) -> str:
 
 def as_path(name: str) -> str:
     """A path in the spelling used here: ``blocks[0].query`` is ``blocks.0.query``."""
-    return re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", name)
+    path = re.sub(r"\[['\"]?(\w+)['\"]?\]", rf"{SEPARATOR}\1", name)
+    return path.removeprefix(SEPARATOR) if name.startswith("[") else path

@@ -27,7 +27,7 @@ def data():
 
 
 def fit(folder, num_samples, model=None, **options):
-    model = nb.PartialBNN(nb.FlaxMLP([4], 1)) if model is None else model
+    model = nb.PartialBNN(nb.FlaxMLP([4], 1), num_backbones=1) if model is None else model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", nb.errors.ConvergenceWarning)
         return model.fit(*data(), num_samples=num_samples, checkpoint_dir=folder, **{**OPTIONS, **options})

@@ -148,7 +148,7 @@ def test_what_finds_nothing_left_of_the_budget_is_skipped_and_said(mlp, regressi
 
 
 def test_time_that_is_up_in_warm_up_ends_the_candidate(mlp, regression, scattered, short):
-    model = nb.PartialBNN(mlp, bayesian=nb.last(1))
+    model = nb.PartialBNN(mlp, bayesian=nb.last(1), num_backbones=1)
     with pytest.raises(_OutOfTime, match="of 20 iterations of warm-up") as caught:
         model.fit(*regression, engine=_WithinSeconds(engine=scattered, seconds=0.0), progress_bar=False, **short)
     assert caught.value.size == 5

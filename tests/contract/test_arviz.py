@@ -17,7 +17,7 @@ OPTIONS = {"num_samples": 150, "num_chains": 2, "sgd_epochs": 60, "map_sigma": 1
 @pytest.fixture(scope="module")
 def fitted(regression):
     X, y = regression
-    return nb.PartialBNN(nb.FlaxMLP([6, 4], 1)).fit(X, 50 + 20 * y, **OPTIONS)
+    return nb.PartialBNN(nb.FlaxMLP([6, 4], 1), num_backbones=1).fit(X, 50 + 20 * y, **OPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_log_likelihood_is_in_the_units_of_the_user(tree, fitted, regression):
     chain, draw = 1, 17
     draws = fitted._fitted.posterior.draws.reshape(-1, fitted._fitted.posterior.draws.shape[-1])
     theta = draws[chain * 150 + draw][None, : fitted.partition.size]
-    outputs = predictive.function_draws(fitted._fitted.source, fitted._fitted.scaling.inputs(X), theta)
+    outputs = predictive.function_draws(fitted._fitted.members[0].source, fitted._fitted.scaling.inputs(X), theta)
     mean = fitted._fitted.scaling.mean_to_user(outputs)[0, :, 0]
     expected = stats.norm.logpdf(50 + 20 * y, mean, noise_std[chain, draw])
     np.testing.assert_allclose(tree["log_likelihood"]["y"].values[chain, draw], expected, rtol=1e-5)
@@ -66,7 +66,7 @@ def test_leave_one_out_and_comparison(tree, regression):
     from arviz_stats import compare, loo
 
     X, y = regression
-    blind = nb.PartialBNN(nb.FlaxMLP([6, 4], 1)).fit(X[:, 2:], 50 + 20 * y, **OPTIONS)
+    blind = nb.PartialBNN(nb.FlaxMLP([6, 4], 1), num_backbones=1).fit(X[:, 2:], 50 + 20 * y, **OPTIONS)
     found = loo(tree, pointwise=True)
     assert found.elpd < np.sum(np.log(np.mean(np.exp(tree["log_likelihood"]["y"].values), axis=(0, 1))))
     assert found.elpd_i.shape == (60,)
@@ -76,7 +76,7 @@ def test_leave_one_out_and_comparison(tree, regression):
 
 
 def test_sampler_reports_have_their_usual_names(mlp, regression, short):
-    model = nb.PartialBNN(mlp).fit(*regression, **short)
+    model = nb.PartialBNN(mlp, num_backbones=1).fit(*regression, **short)
     found = nb.to_arviz(model)
     assert set(found.children) == {"posterior", "sample_stats"}
     assert {"diverging", "energy", "lp", "n_steps", "acceptance_rate"} == set(found["sample_stats"].data_vars)
@@ -90,7 +90,7 @@ def test_sampler_reports_have_their_usual_names(mlp, regression, short):
 
 def test_two_outputs(two_outputs, quick):
     X, y = two_outputs
-    model = nb.PartialBNN(nb.FlaxMLP([6, 4], 2)).fit(X, y, **{**quick, "num_samples": 120})
+    model = nb.PartialBNN(nb.FlaxMLP([6, 4], 2), num_backbones=1).fit(X, y, **{**quick, "num_samples": 120})
     found = nb.to_arviz(model, X, y)
     assert found["posterior_predictive"]["y"].dims == ("chain", "draw", "row", "output")
     assert found["log_likelihood"]["y"].shape == (1, 120, 60)
@@ -101,7 +101,7 @@ def test_two_outputs(two_outputs, quick):
 
 def test_classes(three_classes, quick):
     X, y = three_classes
-    model = nb.PartialBNN(nb.FlaxMLP([6], 3), 3).fit(X, y, **{**quick, "num_samples": 120})
+    model = nb.PartialBNN(nb.FlaxMLP([6], 3), 3, num_backbones=1).fit(X, y, **{**quick, "num_samples": 120})
     found = nb.to_arviz(model, X, y)
     likelihood = np.exp(found["log_likelihood"]["y"].values).mean(axis=(0, 1))
     np.testing.assert_allclose(likelihood, model.predict(X)[0][np.arange(60), y], rtol=1e-4)
@@ -122,6 +122,6 @@ def test_mistakes(fitted, mlp, regression):
     with pytest.raises(OptionError, match="needs X too"):
         nb.to_arviz(fitted, y=regression[1])
     with pytest.raises(NotFittedError):
-        nb.to_arviz(nb.PartialBNN(mlp))
+        nb.to_arviz(nb.PartialBNN(mlp, num_backbones=1))
     with pytest.raises(DataError):
         nb.to_arviz(fitted, regression[0], regression[1][:-1])

@@ -72,7 +72,7 @@ PREDICTION_FAULTS = {
 
 @pytest.fixture(scope="module")
 def partial(mlp, regression, quick):
-    return nb.PartialBNN(mlp).fit(*regression, **quick)
+    return nb.PartialBNN(mlp, num_backbones=1).fit(*regression, **quick)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def deterministic(mlp, regression):
 def classifiers(three_classes, quick):
     network = nb.FlaxMLP([6], 3)
     return (
-        nb.PartialBNN(network, num_classes=3).fit(*three_classes, **quick),
+        nb.PartialBNN(network, num_classes=3, num_backbones=1).fit(*three_classes, **quick),
         nb.DeterministicNN(network, (4,), loss="cross_entropy").train(
             *three_classes, epochs=3, track_statistics=False, progress_bar=False
         ),
@@ -173,7 +173,7 @@ TOKEN_FAULTS = {
 def token_models(quick):
     X = np.random.default_rng(0).integers(0, 9, (40, 6))
     y = X.sum(1).astype(float)
-    partial = nb.PartialBNN(TOKENS).fit(X, y, **quick)
+    partial = nb.PartialBNN(TOKENS, num_backbones=1).fit(X, y, **quick)
     return partial, nb.DeterministicNN(TOKENS, (6,)).train(X, y, epochs=2, track_statistics=False, progress_bar=False)
 
 
@@ -192,7 +192,7 @@ def test_faulty_tokens(token_models, quick, no_training, fault):
 def test_images_of_another_rank(quick, no_training):
     network = nb.FlaxConvNet(input_dim=2, conv_layers=[2], fc_layers=[], target_dim=1)
     with pytest.raises(nb.errors.DataError, match=r"^X has shape \(20, 4\).*height, width"):
-        nb.PartialBNN(network).fit(np.ones((20, 4)), np.arange(20.0), **quick)
+        nb.PartialBNN(network, num_backbones=1).fit(np.ones((20, 4)), np.arange(20.0), **quick)
 
 
 # Odd data that are right as they are
@@ -210,7 +210,7 @@ def check_sane(partial, deterministic, X, y, quick):
 
 @pytest.fixture
 def fresh(mlp):
-    return nb.PartialBNN(mlp), nb.DeterministicNN(mlp, input_shape=(3,))
+    return nb.PartialBNN(mlp, num_backbones=1), nb.DeterministicNN(mlp, input_shape=(3,))
 
 
 def test_constant_columns(fresh, regression, quick):
@@ -252,19 +252,19 @@ def test_boolean_and_integer_columns(fresh, regression, quick):
 def test_labels_of_any_whole_dtype(three_classes, quick, dtype):
     X, y = three_classes
     labels = (y > 0).astype(dtype)
-    model = nb.PartialBNN(nb.FlaxMLP([6], 2), num_classes=2).fit(X, labels, **quick)
+    model = nb.PartialBNN(nb.FlaxMLP([6], 2), num_classes=2, num_backbones=1).fit(X, labels, **quick)
     probabilities, _ = model.predict(X)
     np.testing.assert_allclose(probabilities.sum(1), 1.0)
-    twin = nb.PartialBNN(nb.FlaxMLP([6], 2), num_classes=2).fit(X, labels.astype(int), **quick)
+    twin = nb.PartialBNN(nb.FlaxMLP([6], 2), num_classes=2, num_backbones=1).fit(X, labels.astype(int), **quick)
     np.testing.assert_array_equal(probabilities, twin.predict(X)[0])
 
 
 def test_labels_as_column_or_series(three_classes, quick):
     X, y = three_classes
     network = nb.FlaxMLP([6], 3)
-    expected = nb.PartialBNN(network, num_classes=3).fit(X, y, **quick).predict(X)[0]
+    expected = nb.PartialBNN(network, num_classes=3, num_backbones=1).fit(X, y, **quick).predict(X)[0]
     for labels in (y[:, None], pd.Series(y), pl.Series("y", y), y.tolist()):
-        found = nb.PartialBNN(network, num_classes=3).fit(X, labels, **quick).predict(X)[0]
+        found = nb.PartialBNN(network, num_classes=3, num_backbones=1).fit(X, labels, **quick).predict(X)[0]
         np.testing.assert_array_equal(found, expected)
 
 
@@ -281,7 +281,7 @@ def test_labels_as_column_or_series(three_classes, quick):
 )  # fmt: skip
 def test_bad_options_of_fit_raise_before_training(mlp, regression, quick, no_training, options, message):
     with pytest.raises(nb.errors.OptionError, match=message):
-        nb.PartialBNN(mlp).fit(*regression, **{**quick, **options})
+        nb.PartialBNN(mlp, num_backbones=1).fit(*regression, **{**quick, **options})
 
 
 @pytest.mark.parametrize(
@@ -291,18 +291,18 @@ def test_bad_options_of_fit_raise_before_training(mlp, regression, quick, no_tra
 )  # fmt: skip
 def test_bad_options_of_construction(mlp, options, message):
     with pytest.raises(nb.errors.OptionError, match=message):
-        nb.PartialBNN(mlp, **options)
+        nb.PartialBNN(mlp, **options, num_backbones=1)
 
 
 def test_classes_that_do_not_fit_the_network(three_classes, quick, no_training):
     with pytest.raises(nb.errors.DataError, match=r"5 outputs but num_classes=3.*target_dim=3"):
-        nb.PartialBNN(nb.FlaxMLP([6], 5), num_classes=3).fit(*three_classes, **quick)
+        nb.PartialBNN(nb.FlaxMLP([6], 5), num_classes=3, num_backbones=1).fit(*three_classes, **quick)
 
 
 def test_what_is_no_network(regression, quick):
     for thing in (3, "mlp", None):
         with pytest.raises(nb.errors.NeuroBayesError, match=r"(?i)network"):
-            nb.PartialBNN(thing)
+            nb.PartialBNN(thing, num_backbones=1)
 
 
 @pytest.mark.parametrize("levels", [[0.0], [1.0], [1.5], ["median"]])

@@ -15,7 +15,7 @@ short_runs = pytest.mark.filterwarnings("ignore::neurobayes.errors.ConvergenceWa
 def fit(network, data, **options):
     classes = options.pop("num_classes", None)
     bayesian = options.pop("bayesian", None)
-    return nb.PartialBNN(network, classes, bayesian=bayesian).fit(*data, **{**OPTIONS, **options})
+    return nb.PartialBNN(network, classes, bayesian=bayesian, num_backbones=1).fit(*data, **{**OPTIONS, **options})
 
 
 def test_the_default_is_exact_for_a_random_output_layer(mlp, regression):
@@ -59,8 +59,11 @@ def test_two_outputs_have_noise_of_their_own(two_outputs):
 @short_runs
 def test_other_weights_are_sampled(mlp, regression):
     model = fit(mlp, regression, bayesian=nb.last(2), **SHORT_NUTS)
-    assert model.posterior.info["engine"] == "nuts"
-    assert "linearly" in model.posterior.info["chosen_because"]
+    info = model.posterior.info
+    assert (info["engine"], info["collapsed"]) == ("nuts", True)
+    assert "linearly, but those of the output layer do" in info["chosen_because"]
+    hidden = fit(mlp, regression, bayesian=nb.layers("Dense0"), **SHORT_NUTS)
+    assert not hidden.posterior.info["collapsed"]
 
 
 @short_runs

@@ -23,7 +23,7 @@ def frame(request):
 def fitted(request, frame):
     if request.param == "partial":
         options = {"num_samples": 150, "sgd_epochs": 10, "map_sigma": 1.0, "seed": 0}
-        return nb.PartialBNN(nb.FlaxMLP([4], 1)).fit(frame, Y, **options)
+        return nb.PartialBNN(nb.FlaxMLP([4], 1), num_backbones=1).fit(frame, Y, **options)
     return nb.DeterministicNN(nb.FlaxMLP([4], 1), input_shape=3).train(frame, Y, 10)
 
 
@@ -50,7 +50,7 @@ def test_burn_in_is_a_share_of_the_epochs(burn_in, steps):
 def test_burn_in_of_a_selection():
     config = {"method": "variance", "layer_names": ["Dense0"], "num_pairs_per_layer": 2}
     options = {"num_samples": 100, "num_warmup": 50, "sgd_epochs": 20, "map_sigma": 1.0, "seed": 0, "engine": "laplace"}
-    model = nb.PartialBNN(nb.FlaxMLP([4], 1))
+    model = nb.PartialBNN(nb.FlaxMLP([4], 1), num_backbones=1)
     model.fit(X, Y, select_neurons_config=config | {"burn_in": 0.9}, **options)
     assert model.pretraining.statistics.num_steps == 2
     with pytest.raises(OptionError, match="burn_in"):

@@ -98,7 +98,7 @@ OPTIONS = {"num_warmup": 60, "num_samples": 80, "progress_bar": False, "seed": 0
 @pytest.fixture(scope="module", params=CASES)
 def fitted(request):
     network, weights, own = MADE[request.param]
-    model = nb.PartialBNN(network, num_probabilistic_layers=1, deterministic_weights=weights)
+    model = nb.PartialBNN(network, num_probabilistic_layers=1, deterministic_weights=weights, num_backbones=1)
     return model.fit(X, Y, **OPTIONS), own
 
 

@@ -38,7 +38,7 @@ SCRIPT = textwrap.dedent("""
 
 
 def fit(data, num_chains, method="vectorized", num_samples=30):
-    return nb.PartialBNN(nb.FlaxMLP([6, 4], 1)).fit(
+    return nb.PartialBNN(nb.FlaxMLP([6, 4], 1), num_backbones=1).fit(
         *data, num_warmup=40, num_samples=num_samples, num_chains=num_chains, chain_method=method, engine="nuts",
         sgd_epochs=20, map_sigma=1.0, seed=4, progress_bar=False,
     ).posterior.draws  # fmt: skip

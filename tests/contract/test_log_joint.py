@@ -89,7 +89,7 @@ def test_log_density_of_classes(three_classes):
 
 def test_without_bayesian_weights_the_prediction_is_deterministic(mlp, regression, three_classes, quick):
     X, y = regression
-    model = nb.PartialBNN(mlp, bayesian=nb.nothing()).fit(X, y, **quick)
+    model = nb.PartialBNN(mlp, bayesian=nb.nothing(), num_backbones=1).fit(X, y, **quick)
     prediction = model.posterior_predictive(X)
     np.testing.assert_allclose(prediction.mean, model.deterministic_predict(X), rtol=1e-6, atol=1e-6)
     assert np.max(prediction.epistemic_var) < 1e-12  # rounding of a mean of equal numbers
@@ -97,7 +97,7 @@ def test_without_bayesian_weights_the_prediction_is_deterministic(mlp, regressio
     assert set(model.get_samples()) == {"noise_std"}
     assert model.num_bayesian_weights == 0
     X, y = three_classes
-    model = nb.PartialBNN(nb.FlaxMLP([6], 3), num_classes=3, bayesian=nb.nothing()).fit(X, y, **quick)
+    model = nb.PartialBNN(nb.FlaxMLP([6], 3), num_classes=3, bayesian=nb.nothing(), num_backbones=1).fit(X, y, **quick)
     np.testing.assert_allclose(model.predict(X)[0], model.deterministic_predict(X), atol=1e-6)
     assert np.max(model.posterior_predictive(X).mutual_information) < 1e-5
 
@@ -108,13 +108,15 @@ def test_without_bayesian_weights_the_prediction_is_deterministic(mlp, regressio
 def test_prior_scales_by_layer_and_prior_centres_have_effect(mlp, regression, short):
     """Trap: priors_sigma ignored."""
     X, y = regression
-    wide = nb.PartialBNN(mlp, **LAST).fit(X, y, **short).get_samples()["Dense2.kernel"].std(0)
-    model = nb.PartialBNN(mlp, **LAST).fit(X, y, **short, priors_sigma={"Dense2": 1e-3})
+    wide = nb.PartialBNN(mlp, **LAST, num_backbones=1).fit(X, y, **short).get_samples()["Dense2.kernel"].std(0)
+    model = nb.PartialBNN(mlp, **LAST, num_backbones=1).fit(X, y, **short, priors_sigma={"Dense2": 1e-3})
     trained = model.pretraining.params["Dense2"]["kernel"]
     assert np.all(wide > 0.01)
     np.testing.assert_allclose(model.get_samples()["Dense2.kernel"].mean(0), trained, atol=3e-3)
     assert np.all(model.get_samples()["Dense2.kernel"].std(0) < 3e-3)
-    zero = nb.PartialBNN(mlp, prior_mean="zero", **LAST).fit(X, y, **short, priors_sigma={"Dense2.kernel": 1e-3})
+    zero = nb.PartialBNN(mlp, prior_mean="zero", **LAST, num_backbones=1).fit(
+        X, y, **short, priors_sigma={"Dense2.kernel": 1e-3}
+    )
     assert np.max(np.abs(zero.get_samples()["Dense2.kernel"])) < 0.05
     assert np.max(np.abs(trained)) > 0.1
 
@@ -122,17 +124,19 @@ def test_prior_scales_by_layer_and_prior_centres_have_effect(mlp, regression, sh
 @pytest.mark.parametrize("sigma", [0.0, -1.0, np.nan, np.inf, "wide", {"Dense2": 0.0}, None])
 def test_prior_scales_that_make_no_sense_raise(mlp, regression, quick, sigma):
     with pytest.raises(nb.errors.OptionError, match="priors_sigma"):
-        nb.PartialBNN(mlp, **LAST).fit(*regression, **quick, priors_sigma=sigma)
+        nb.PartialBNN(mlp, **LAST, num_backbones=1).fit(*regression, **quick, priors_sigma=sigma)
 
 
 def test_prior_scales_of_unknown_layers_raise(mlp, regression, quick):
     with pytest.raises(nb.errors.SelectionError, match=r"Dense3.*closest: 'Dense\d'"):
-        nb.PartialBNN(mlp, **LAST).fit(*regression, **quick, priors_sigma={"Dense3": 1.0})
+        nb.PartialBNN(mlp, **LAST, num_backbones=1).fit(*regression, **quick, priors_sigma={"Dense3": 1.0})
 
 
 def test_a_noise_prior_decides_where_it_is_sharp(mlp, regression, short):
     X, y = regression
-    model = nb.PartialBNN(mlp, noise_prior=dist.LogNormal(np.log(2.0), 0.01), **LAST).fit(X, y, **short)
+    model = nb.PartialBNN(mlp, noise_prior=dist.LogNormal(np.log(2.0), 0.01), **LAST, num_backbones=1).fit(
+        X, y, **short
+    )
     np.testing.assert_allclose(model.get_samples()["noise_std"], 2.0 * y.std(), rtol=0.1)
 
 
@@ -142,7 +146,7 @@ def test_a_noise_prior_decides_where_it_is_sharp(mlp, regression, short):
     ids=lambda prior: type(prior).__name__,
 )
 def test_noise_priors_of_every_family(mlp, regression, quick, noise_prior):
-    model = nb.PartialBNN(mlp, noise_prior=noise_prior, **LAST).fit(*regression, **quick)
+    model = nb.PartialBNN(mlp, noise_prior=noise_prior, **LAST, num_backbones=1).fit(*regression, **quick)
     assert np.all(model.get_samples()["noise_std"] > 0)
     assert model.noise_prior is noise_prior
 
@@ -155,9 +159,9 @@ def test_noise_priors_of_every_family(mlp, regression, quick, noise_prior):
 )  # fmt: skip
 def test_noise_priors_that_make_no_sense_raise(mlp, regression, quick, noise_prior):
     with pytest.raises(nb.errors.OptionError, match="noise_prior"):
-        nb.PartialBNN(mlp, noise_prior=noise_prior, **LAST).fit(*regression, **quick)
+        nb.PartialBNN(mlp, noise_prior=noise_prior, **LAST, num_backbones=1).fit(*regression, **quick)
 
 
 def test_classification_has_no_noise_prior():
     with pytest.raises(nb.errors.OptionError, match="noise_prior"):
-        nb.PartialBNN(nb.FlaxMLP([4], 3), num_classes=3, noise_prior=dist.HalfNormal(1.0))
+        nb.PartialBNN(nb.FlaxMLP([4], 3), num_classes=3, noise_prior=dist.HalfNormal(1.0), num_backbones=1)

@@ -23,17 +23,17 @@ LAST = {"num_probabilistic_layers": 1}
 @pytest.fixture(scope="module")
 def fitted(mlp, regression, short):
     """The output layer of the usual network, sampled for real."""
-    return nb.PartialBNN(mlp, **LAST).fit(*regression, **short)
+    return nb.PartialBNN(mlp, **LAST, num_backbones=1).fit(*regression, **short)
 
 
 @pytest.fixture(scope="module")
 def classifier(three_classes, short):
-    return nb.PartialBNN(nb.FlaxMLP([6], 3), num_classes=3, **LAST).fit(*three_classes, **short)
+    return nb.PartialBNN(nb.FlaxMLP([6], 3), num_classes=3, **LAST, num_backbones=1).fit(*three_classes, **short)
 
 
 @pytest.fixture(scope="module")
 def two_output_fit(two_outputs, short):
-    return nb.PartialBNN(nb.FlaxMLP([6, 4], 2), **LAST).fit(*two_outputs, **short)
+    return nb.PartialBNN(nb.FlaxMLP([6, 4], 2), **LAST, num_backbones=1).fit(*two_outputs, **short)
 
 
 def outputs_by_hand(model, X):
@@ -54,7 +54,7 @@ def outputs_by_hand(model, X):
 @pytest.mark.parametrize("shape", [(60,), (60, 1)])
 def test_predictions_have_the_shape_of_the_target(mlp, regression, quick, shape):
     X, y = regression
-    model = nb.PartialBNN(mlp, **LAST).fit(X, y.reshape(shape), **quick)
+    model = nb.PartialBNN(mlp, **LAST, num_backbones=1).fit(X, y.reshape(shape), **quick)
     check_shapes(model, X[:7], (7, *shape[1:]))
 
 
@@ -73,7 +73,7 @@ def check_shapes(model, X, shape):
 
 def test_a_target_in_mpa_predicts_as_its_standardised_twin(fitted, mlp, regression, short):
     X, y = regression
-    mpa = nb.PartialBNN(mlp, **LAST).fit(1000.0 * X - 7.0, 900.0 + 100.0 * y, **short)
+    mpa = nb.PartialBNN(mlp, **LAST, num_backbones=1).fit(1000.0 * X - 7.0, 900.0 + 100.0 * y, **short)
     mean, variance = fitted.predict(X)
     mean_mpa, variance_mpa = mpa.predict(1000.0 * X - 7.0)
     back, std = (mean_mpa - 900.0) / 100.0, np.sqrt(variance)
@@ -86,7 +86,9 @@ def test_a_target_in_mpa_predicts_as_its_standardised_twin(fitted, mlp, regressi
 
 def test_a_target_in_mpa_predicts_the_same_but_for_rounding(mlp, regression, quick):
     X, y = regression
-    usual, mpa = (nb.PartialBNN(mlp, **LAST).fit(X, 900.0 * k + (1 + 99 * k) * y, **quick) for k in (0, 1))
+    usual, mpa = (
+        nb.PartialBNN(mlp, **LAST, num_backbones=1).fit(X, 900.0 * k + (1 + 99 * k) * y, **quick) for k in (0, 1)
+    )
     np.testing.assert_allclose((mpa.predict(X)[0] - 900.0) / 100.0, usual.predict(X)[0], atol=1e-3)
     np.testing.assert_allclose(mpa.predict(X)[1] / 1e4, usual.predict(X)[1], rtol=1e-2)
 
@@ -95,14 +97,14 @@ def test_a_target_in_mpa_predicts_the_same_but_for_rounding(mlp, regression, qui
 
 
 def test_same_seed_same_draws(fitted, mlp, regression, short):
-    again = nb.PartialBNN(mlp, **LAST).fit(*regression, **short, rng_key=jax.random.key(0))
+    again = nb.PartialBNN(mlp, **LAST, num_backbones=1).fit(*regression, **short, rng_key=jax.random.key(0))
     for name, values in fitted.get_samples().items():
         np.testing.assert_array_equal(again.get_samples()[name], values)
 
 
 def test_another_seed_reaches_training_and_sampling(fitted, mlp, regression, short):
     """Trap: rng_key never reaches pre-training."""
-    other = nb.PartialBNN(mlp, **LAST).fit(*regression, **short, rng_key=jax.random.PRNGKey(1))
+    other = nb.PartialBNN(mlp, **LAST, num_backbones=1).fit(*regression, **short, rng_key=jax.random.PRNGKey(1))
     assert not np.allclose(other.pretraining.params["Dense0"]["kernel"], fitted.pretraining.params["Dense0"]["kernel"])
     assert not np.allclose(other.get_samples()["Dense2.kernel"], fitted.get_samples()["Dense2.kernel"])
 
@@ -110,7 +112,7 @@ def test_another_seed_reaches_training_and_sampling(fitted, mlp, regression, sho
 def test_refit_equals_a_fresh_fit_also_after_other_data(fitted, mlp, regression, two_outputs, short, quick):
     """Trap: refit keeps old weights."""
     X, y = regression
-    model = nb.PartialBNN(mlp, **LAST)
+    model = nb.PartialBNN(mlp, **LAST, num_backbones=1)
     model.fit(np.hstack([X, X])[:40], 5.0 + 3.0 * y[:40], **quick)
     assert model.predict(np.hstack([X, X]))[0].shape == (60,)
     model.fit(X, y, **short)
@@ -122,7 +124,7 @@ def test_a_second_fit_of_a_fresh_model_compiles_nothing(fitted, mlp, regression,
     X, y = regression
     fitted.predict(X)
     with count_compilations() as compiled:
-        model = nb.PartialBNN(nb.FlaxMLP([6, 4], 1), **LAST)
+        model = nb.PartialBNN(nb.FlaxMLP([6, 4], 1), **LAST, num_backbones=1)
         options = {**short, "map_sigma": 0.5, "sgd_epochs": 25}
         model.fit(2.0 * X[:59], -y[:59], **options, seed=3, sgd_lr=0.02, priors_sigma=0.7)
         model.predict(X[:59])
@@ -131,7 +133,7 @@ def test_a_second_fit_of_a_fresh_model_compiles_nothing(fitted, mlp, regression,
 
 def test_five_percent_more_rows_compile_nothing(mlp, regression, short, count_compilations):
     X, y = regression
-    model = nb.PartialBNN(mlp, **LAST).fit(X, y, **short)
+    model = nb.PartialBNN(mlp, **LAST, num_backbones=1).fit(X, y, **short)
     model.predict(X)
     with count_compilations() as compiled:
         more = np.concatenate([X, X[:3]]), np.concatenate([y, y[:3]])
@@ -153,7 +155,7 @@ def test_a_failed_fit_leaves_the_model_as_it_was(fitted, regression, short):
 
 
 def test_a_first_fit_that_fails_leaves_the_model_unfitted(mlp, regression, short):
-    model = nb.PartialBNN(mlp, **LAST)
+    model = nb.PartialBNN(mlp, **LAST, num_backbones=1)
     for sigma in (1.0, "auto"):
         with pytest.raises(nb.errors.TrainingError):
             model.fit(*regression, **{**short, "map_sigma": sigma}, sgd_lr=1e30)
@@ -169,7 +171,11 @@ def test_fit_mutates_neither_constructor_arguments_nor_data(mlp, regression, qui
     originals = (names, neurons, config, sigmas, jax.tree.map(np.array, dict(given)), *regression)
     kept = copy.deepcopy(originals)
     model = nb.PartialBNN(
-        mlp, probabilistic_layer_names=names, probabilistic_neurons=neurons, deterministic_weights=given
+        mlp,
+        probabilistic_layer_names=names,
+        probabilistic_neurons=neurons,
+        deterministic_weights=given,
+        num_backbones=1,
     )
     model.fit(*regression, **quick, select_neurons_config=config, priors_sigma=sigmas)
     assert originals[:4] == kept[:4]
@@ -199,16 +205,16 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_data_gives_the_same_model(mlp, regression, quick, form):
     as_x, as_y = FORMS[form]
-    expected = nb.PartialBNN(mlp, **LAST).fit(*regression, **quick).predict(regression[0])
-    model = nb.PartialBNN(mlp, **LAST).fit(as_x(regression[0]), as_y(regression[1]), **quick)
+    expected = nb.PartialBNN(mlp, **LAST, num_backbones=1).fit(*regression, **quick).predict(regression[0])
+    model = nb.PartialBNN(mlp, **LAST, num_backbones=1).fit(as_x(regression[0]), as_y(regression[1]), **quick)
     np.testing.assert_allclose(model.predict(as_x(regression[0])), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_integer_data(mlp, quick):
     rng = np.random.default_rng(5)
     X, y = rng.integers(-5, 5, (60, 3)), rng.integers(0, 9, 60)
-    model = nb.PartialBNN(mlp, **LAST).fit(X, y, **quick)
-    twin = nb.PartialBNN(mlp, **LAST).fit(X.astype(float), y.astype(float), **quick)
+    model = nb.PartialBNN(mlp, **LAST, num_backbones=1).fit(X, y, **quick)
+    twin = nb.PartialBNN(mlp, **LAST, num_backbones=1).fit(X.astype(float), y.astype(float), **quick)
     np.testing.assert_array_equal(model.predict(X), twin.predict(X.astype(float)))
 
 
@@ -339,7 +345,7 @@ def test_regression_has_no_classes(fitted, regression):
 
 
 def test_samples_are_keyed_by_leaf_with_chains_on_request(mlp, regression, quick):
-    model = nb.PartialBNN(mlp, probabilistic_neurons={"Dense0": [(2, 5), (0, 1)]}, **LAST)
+    model = nb.PartialBNN(mlp, probabilistic_neurons={"Dense0": [(2, 5), (0, 1)]}, **LAST, num_backbones=1)
     model.fit(*regression, **quick, num_chains=3)
     flat, chains = model.get_samples(), model.get_samples(chain_dim=True)
     shapes = {"Dense0.kernel": (2,), "Dense2.bias": (1,), "Dense2.kernel": (4, 1), "noise_std": ()}
@@ -357,7 +363,7 @@ def test_chains_run_vectorised_or_one_after_the_other(fitted, mlp, regression, s
     X, y = regression
     shapes = []
     for method in ("vectorized", "sequential"):
-        model = nb.PartialBNN(mlp, **LAST).fit(X, y, **short, num_chains=2, chain_method=method)
+        model = nb.PartialBNN(mlp, **LAST, num_backbones=1).fit(X, y, **short, num_chains=2, chain_method=method)
         shapes.append({name: values.shape for name, values in model.get_samples(chain_dim=True).items()})
         assert model.diagnostics().num_chains == 2 and model.diagnostics().num_draws == 100
         first, second = model.get_samples(chain_dim=True)["Dense2.kernel"]
@@ -373,7 +379,7 @@ def test_parallel_chains_without_devices_say_what_to_do(mlp, regression, short):
     if jax.local_device_count() > 1:
         pytest.skip("there are several devices")
     with pytest.raises(nb.errors.OptionError, match="vectorized"):
-        nb.PartialBNN(mlp, **LAST).fit(*regression, **short, num_chains=2, chain_method="parallel")
+        nb.PartialBNN(mlp, **LAST, num_backbones=1).fit(*regression, **short, num_chains=2, chain_method="parallel")
 
 
 def test_the_posterior_keeps_what_the_sampler_reported(fitted):
@@ -395,8 +401,10 @@ def test_the_posterior_keeps_what_the_sampler_reported(fitted):
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cyclic"])
 def test_weight_averaging_within_a_fit(mlp, regression, quick, schedule):
     X, y = regression
-    plain = nb.PartialBNN(mlp, **LAST).fit(X, y, **quick)
-    averaged = nb.PartialBNN(mlp, **LAST).fit(X, y, **quick, swa_config={"schedule": schedule, "start_pct": 0.5})
+    plain = nb.PartialBNN(mlp, **LAST, num_backbones=1).fit(X, y, **quick)
+    averaged = nb.PartialBNN(mlp, **LAST, num_backbones=1).fit(
+        X, y, **quick, swa_config={"schedule": schedule, "start_pct": 0.5}
+    )
     assert len(averaged.pretraining.history["loss"]) == 10
     assert not np.allclose(averaged.deterministic_predict(X), plain.deterministic_predict(X))
 
@@ -405,7 +413,7 @@ def test_the_regularisation_is_chosen_by_unseen_rows(mlp, regression, quick):
     """A network trained to the end memorises; by default the data choose how strongly and how long to train."""
     X, y = regression
     options = {name: value for name, value in quick.items() if name not in ("map_sigma", "sgd_epochs")}
-    model = nb.PartialBNN(mlp, **LAST).fit(X, y, **options, sgd_epochs=60)
+    model = nb.PartialBNN(mlp, **LAST, num_backbones=1).fit(X, y, **options, sgd_epochs=60)
     search = model.pretraining.search
     assert search.losses.shape[0] == len(search.sigmas)
     assert search.sigma in search.sigmas and model.pretraining.sigma == search.sigma
@@ -415,7 +423,7 @@ def test_the_regularisation_is_chosen_by_unseen_rows(mlp, regression, quick):
 
 def test_given_weights_of_another_network_raise(mlp, regression, quick):
     other = nb.DeterministicNN(nb.FlaxMLP([6, 5], 1), input_shape=(3,)).train(*regression, epochs=1)
-    model = nb.PartialBNN(mlp, deterministic_weights=other.get_params(), **LAST)
+    model = nb.PartialBNN(mlp, deterministic_weights=other.get_params(), **LAST, num_backbones=1)
     with pytest.raises(nb.errors.ParameterError, match=r"deterministic_weights.*\n.*Dense1"):
         model.fit(*regression, **quick)
 
@@ -423,9 +431,9 @@ def test_given_weights_of_another_network_raise(mlp, regression, quick):
 def test_a_trained_model_or_plain_arrays_serve_as_given_weights(mlp, regression, quick):
     X, y = regression
     det = nb.DeterministicNN(mlp, input_shape=(3,)).train(X, y, epochs=5, progress_bar=False)
-    model = nb.PartialBNN(mlp, deterministic_weights=det, **LAST).fit(X, y, **quick)
+    model = nb.PartialBNN(mlp, deterministic_weights=det, **LAST, num_backbones=1).fit(X, y, **quick)
     np.testing.assert_allclose(model.deterministic_predict(X), det.predict(X), rtol=1e-5)
     raw = nb.DeterministicNN(mlp, input_shape=(3,), standardize=False).train(X, y, epochs=5, progress_bar=False)
     plain = {name: {k: np.array(v) for k, v in leaves.items()} for name, leaves in raw.get_params().items()}
-    model = nb.PartialBNN(mlp, deterministic_weights=plain, **LAST).fit(X, y, **quick)
+    model = nb.PartialBNN(mlp, deterministic_weights=plain, **LAST, num_backbones=1).fit(X, y, **quick)
     np.testing.assert_allclose(model.deterministic_predict(X), raw.predict(X), rtol=1e-5)

@@ -141,12 +141,14 @@ CHANGED = {
     "epochs": {"sgd_epochs": 21},
     "learning rate": {"sgd_lr": 0.02},
     "engine option": {"engine": NUTS(target_accept=0.9)},
-    "width": {"model": nb.PartialBNN(nb.FlaxMLP([5], 1))},
-    "activation": {"model": nb.PartialBNN(nb.FlaxMLP([4], 1, activation="relu"))},
-    "Bayesian layers": {"model": nb.PartialBNN(nb.FlaxMLP([4], 1), num_probabilistic_layers=2)},
-    "noise prior": {"model": nb.PartialBNN(nb.FlaxMLP([4], 1), noise_prior=dist.HalfNormal(2.0))},
-    "noise prior's form": {"model": nb.PartialBNN(nb.FlaxMLP([4], 1), noise_prior=dist.InverseGamma(3.0, 1.0))},
-    "prior centre": {"model": nb.PartialBNN(nb.FlaxMLP([4], 1), prior_mean="zero")},
+    "width": {"model": nb.PartialBNN(nb.FlaxMLP([5], 1), num_backbones=1)},
+    "activation": {"model": nb.PartialBNN(nb.FlaxMLP([4], 1, activation="relu"), num_backbones=1)},
+    "Bayesian layers": {"model": nb.PartialBNN(nb.FlaxMLP([4], 1), num_probabilistic_layers=2, num_backbones=1)},
+    "noise prior": {"model": nb.PartialBNN(nb.FlaxMLP([4], 1), noise_prior=dist.HalfNormal(2.0), num_backbones=1)},
+    "noise prior's form": {
+        "model": nb.PartialBNN(nb.FlaxMLP([4], 1), noise_prior=dist.InverseGamma(3.0, 1.0), num_backbones=1)
+    },
+    "prior centre": {"model": nb.PartialBNN(nb.FlaxMLP([4], 1), prior_mean="zero", num_backbones=1)},
 }
 
 
@@ -161,7 +163,7 @@ def test_other_data_are_refused(finished, change):
     X, y = long_run.data()
     X, y = {"x": (X + 1e-3 * (X > 1), y), "y": (X, np.abs(y)), "rows": (X[:-1], y[:-1])}[change]
     with pytest.raises(CheckpointError, match="data, network, options, seed or version differ"):
-        nb.PartialBNN(nb.FlaxMLP([4], 1)).fit(
+        nb.PartialBNN(nb.FlaxMLP([4], 1), num_backbones=1).fit(
             X, y, num_samples=NUM_SAMPLES, checkpoint_dir=finished[0], **long_run.OPTIONS
         )
 
@@ -180,7 +182,7 @@ def test_schedules_of_one_kind_are_told_apart(tmp_path):
 
 def test_choices_by_arrays_are_told_apart(tmp_path):
     def run(chosen):
-        model = nb.PartialBNN(nb.FlaxMLP([4], 1), bayesian=mask(chosen))
+        model = nb.PartialBNN(nb.FlaxMLP([4], 1), bayesian=mask(chosen), num_backbones=1)
         return long_run.fit(tmp_path, 10, model=model, num_warmup=10)
 
     run("Dense1")
@@ -190,12 +192,12 @@ def test_choices_by_arrays_are_told_apart(tmp_path):
 
 def test_automatic_choices_survive(tmp_path, monkeypatch):
     """What training measured of each weight is kept: a restarted run chooses the same weights."""
-    model = {"model": nb.PartialBNN(nb.FlaxMLP([4], 1), bayesian=nb.top(3, by="swag_variance")),
+    model = {"model": nb.PartialBNN(nb.FlaxMLP([4], 1), bayesian=nb.top(3, by="swag_variance"), num_backbones=1),
              "swa_config": {"start_pct": 0.5}, "num_warmup": 10}  # fmt: skip
     first = long_run.fit(tmp_path, 10, **model)
     monkeypatch.setattr("neurobayes.models.fitting.pretrain", None)  # the trained weights come from the folder
     again = long_run.fit(tmp_path, 10, **{**model, "model": nb.PartialBNN(nb.FlaxMLP([4], 1), bayesian=nb.top(
-        3, by="swag_variance"))})  # fmt: skip
+        3, by="swag_variance"), num_backbones=1)})  # fmt: skip
     assert again.partition.counts() == first.partition.counts()
     np.testing.assert_array_equal(again.posterior.draws, first.posterior.draws)
 
@@ -203,9 +205,9 @@ def test_automatic_choices_survive(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore::neurobayes.errors.ConvergenceWarning")
 def test_the_search_is_kept_too(tmp_path, monkeypatch):
     options = {**long_run.OPTIONS, "map_sigma": "auto", "num_warmup": 10, "num_samples": 10}
-    first = nb.PartialBNN(nb.FlaxMLP([4], 1)).fit(*long_run.data(), checkpoint_dir=tmp_path, **options)
+    first = nb.PartialBNN(nb.FlaxMLP([4], 1), num_backbones=1).fit(*long_run.data(), checkpoint_dir=tmp_path, **options)
     monkeypatch.setattr("neurobayes.models.fitting.pretrain", None)
-    again = nb.PartialBNN(nb.FlaxMLP([4], 1)).fit(*long_run.data(), checkpoint_dir=tmp_path, **options)
+    again = nb.PartialBNN(nb.FlaxMLP([4], 1), num_backbones=1).fit(*long_run.data(), checkpoint_dir=tmp_path, **options)
     np.testing.assert_array_equal(again.posterior.draws, first.posterior.draws)
     ours, theirs = again.pretraining.search, first.pretraining.search
     assert (ours.sigma, ours.num_epochs, ours.sigmas) == (theirs.sigma, theirs.num_epochs, theirs.sigmas)
@@ -302,7 +304,7 @@ def test_interrupted_by_hand_then_continued(tmp_path, uninterrupted, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(_driver._Run, "_chunk", interrupted)
         with pytest.warns() as caught:
-            model = nb.PartialBNN(nb.FlaxMLP([4], 1)).fit(
+            model = nb.PartialBNN(nb.FlaxMLP([4], 1), num_backbones=1).fit(
                 *long_run.data(), num_samples=NUM_SAMPLES, checkpoint_dir=tmp_path, **long_run.OPTIONS
             )
     assert "interrupted: 40 of 60 draws per chain are kept." in [str(warning.message) for warning in caught]

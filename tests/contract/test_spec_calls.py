@@ -28,7 +28,9 @@ def deep_mlp():
 @pytest.fixture(scope="module")
 def document_choice(deep_mlp):
     """Whole layers by name and single weights of others, as the document combines them."""
-    return nb.PartialBNN(deep_mlp, probabilistic_layer_names=["Dense1", "Dense3"], probabilistic_neurons=NEURONS)
+    return nb.PartialBNN(
+        deep_mlp, probabilistic_layer_names=["Dense1", "Dense3"], probabilistic_neurons=NEURONS, num_backbones=1
+    )
 
 
 def counts(model):
@@ -42,12 +44,12 @@ def counts(model):
 )  # fmt: skip
 def test_number_of_probabilistic_layers_counts_the_output_layer(deep_mlp, four_columns, quick, num_layers, expected):
     """Trap: num_probabilistic_layers=1 means two layers."""
-    pbn = nb.PartialBNN(deep_mlp, num_probabilistic_layers=num_layers)
+    pbn = nb.PartialBNN(deep_mlp, num_probabilistic_layers=num_layers, num_backbones=1)
     assert counts(pbn.fit(*four_columns[:2], **quick)) == expected
 
 
 def test_named_layers_are_wholly_bayesian(deep_mlp, four_columns, quick):
-    pbn = nb.PartialBNN(deep_mlp, probabilistic_layer_names=["Dense1", "Dense3"])
+    pbn = nb.PartialBNN(deep_mlp, probabilistic_layer_names=["Dense1", "Dense3"], num_backbones=1)
     assert counts(pbn.fit(*four_columns[:2], **quick)) == {
         "Dense1.bias": 8, "Dense1.kernel": 96, "Dense3.bias": 1, "Dense3.kernel": 6,
     }  # fmt: skip
@@ -85,7 +87,7 @@ def test_automatic_selection_adds_to_the_chosen_layers(document_choice, four_col
 
 
 def test_automatic_selection_alone_leaves_other_layers_deterministic(deep_mlp, four_columns, quick):
-    pbn = nb.PartialBNN(deep_mlp)
+    pbn = nb.PartialBNN(deep_mlp, num_backbones=1)
     config = {"method": "variance", "layer_names": ["Dense0", "Dense2"], "num_pairs_per_layer": 10}
     pbn.fit(*four_columns[:2], select_neurons_config=config, **quick)
     assert counts(pbn) == {"Dense0.kernel": 10, "Dense2.kernel": 10}
@@ -94,7 +96,7 @@ def test_automatic_selection_alone_leaves_other_layers_deterministic(deep_mlp, f
 @pytest.mark.parametrize("method", ["variance", "gradient", "magnitude", "clustering"])
 def test_every_selection_method_gives_the_asked_number_of_weights(deep_mlp, four_columns, quick, method):
     """Traps: gradient selection broken on new JAX; clustering makes the layer fully Bayesian."""
-    pbn = nb.PartialBNN(deep_mlp, num_probabilistic_layers=1)
+    pbn = nb.PartialBNN(deep_mlp, num_probabilistic_layers=1, num_backbones=1)
     config = {"method": method, "layer_names": ["Dense0", "Dense2"], "num_pairs_per_layer": 7}
     pbn.fit(*four_columns[:2], select_neurons_config=config, **quick)
     assert counts(pbn) == {"Dense0.kernel": 7, "Dense2.kernel": 7, "Dense3.bias": 1, "Dense3.kernel": 6}
@@ -106,7 +108,7 @@ def test_classification_with_ten_classes():
     X_train = rng.normal(size=(80, 5)) + 2.0 * rng.normal(size=(10, 5))[y_train]
     X_test = X_train[:15]
     mlp = nb.FlaxMLP(hidden_dims=[8, 6], target_dim=10, activation="tanh")
-    model = nb.PartialBNN(mlp, num_classes=10, num_probabilistic_layers=1)
+    model = nb.PartialBNN(mlp, num_classes=10, num_probabilistic_layers=1, num_backbones=1)
     model.fit(X_train, y_train, sgd_epochs=40, num_warmup=50, num_samples=60)
     probs, uncertainty = model.predict(X_test)
     assert probs.shape == (15, 10) and uncertainty.shape == (15,)
@@ -127,7 +129,9 @@ def test_manual_two_stage_training(four_columns):
     assert nb.utils.mse(y_pred, y_val) == pytest.approx(np.mean((y_pred - y_val) ** 2))
     pretrained_weights = det_model.get_params()
     before = jax.tree.map(np.array, pretrained_weights)
-    pbn = nb.PartialBNN(mlp, deterministic_weights=pretrained_weights, probabilistic_layer_names=["Dense1"])
+    pbn = nb.PartialBNN(
+        mlp, deterministic_weights=pretrained_weights, probabilistic_layer_names=["Dense1"], num_backbones=1
+    )
     pbn.fit(X, y, num_warmup=50, num_samples=60)
     assert pbn.pretraining is None, "the deterministic stage is skipped"
     np.testing.assert_allclose(pbn.deterministic_predict(X_val), y_pred, rtol=1e-5, atol=1e-6)
@@ -140,7 +144,7 @@ def test_manual_two_stage_training(four_columns):
 @pytest.mark.parametrize(("shape", "predicted"), [((60,), (20,)), ((60, 1), (20, 1))])
 def test_mse_of_predictions_never_broadcasts(four_columns, quick, shape, predicted):
     X, y, X_val, y_val = four_columns
-    pbn = nb.PartialBNN(nb.FlaxMLP([8], 1)).fit(X, y.reshape(shape), **quick)
+    pbn = nb.PartialBNN(nb.FlaxMLP([8], 1), num_backbones=1).fit(X, y.reshape(shape), **quick)
     mean, _ = pbn.predict(X_val)
     assert mean.shape == predicted
     assert np.isfinite(nb.utils.mse(mean, y_val.reshape(predicted)))

@@ -37,7 +37,7 @@ def network():
 
 
 def fit(network, data, model=None, **options):
-    model = nb.PartialBNN(network) if model is None else model
+    model = nb.PartialBNN(network, num_backbones=1) if model is None else model
     return model.fit(*data, **{**OPTIONS, **options})
 
 
@@ -192,7 +192,7 @@ def test_an_interrupt_keeps_the_draws_and_says_so(network, data, fitted, monkeyp
 
 @pytest.mark.parametrize("first", [None, "an earlier fit"])
 def test_an_interrupt_during_warm_up_is_raised(network, data, monkeypatch, first):
-    model = nb.PartialBNN(network)
+    model = nb.PartialBNN(network, num_backbones=1)
     if first:
         fit(network, data, model, num_samples=20)
         before = model.predict(data[0])[0]
@@ -240,7 +240,7 @@ def test_a_real_interrupt_signal():
 
 
 def test_a_bad_run_raises_and_leaves_the_model_as_it_was(network, data):
-    model = nb.PartialBNN(network)
+    model = nb.PartialBNN(network, num_backbones=1)
     with pytest.raises(ConvergenceError, match="Do not trust"):
         fit(network, data, model, num_samples=20, raise_on_failure=True)
     with pytest.raises(NotFittedError):
@@ -253,7 +253,7 @@ def test_a_bad_run_raises_and_leaves_the_model_as_it_was(network, data):
 
 
 def test_a_good_run_does_not_raise(network, data):
-    model = nb.PartialBNN(network)
+    model = nb.PartialBNN(network, num_backbones=1)
     fit(network, data, model, engine="last_layer", num_samples=200, raise_on_failure=True)
     assert model.diagnostics().ok
 
@@ -271,9 +271,11 @@ def test_a_warm_start_keeps_weights_units_and_choice(network, data, more):
     first = model._fitted
     fit(network, more, model, num_samples=50, num_warmup=20, warm_start=True)
     now = model._fitted
-    assert now.source.partition is first.source.partition
+    assert now.members[0].source.partition is first.members[0].source.partition
     np.testing.assert_array_equal(now.scaling.y_mean, first.scaling.y_mean)
-    for ours, theirs in zip(now.source.params["Dense0"].values(), first.source.params["Dense0"].values(), strict=True):
+    for ours, theirs in zip(
+        now.members[0].source.params["Dense0"].values(), first.members[0].source.params["Dense0"].values(), strict=True
+    ):
         np.testing.assert_array_equal(ours, theirs)
     assert model.pretraining is None
 
@@ -281,7 +283,7 @@ def test_a_warm_start_keeps_weights_units_and_choice(network, data, more):
 def test_a_warm_start_needs_few_warm_up_steps(network, data, more):
     """Ten steps from where the last run stood do for what takes far more from nothing."""
     careful = fit(network, more, num_samples=400, num_warmup=400)
-    model = nb.PartialBNN(network)
+    model = nb.PartialBNN(network, num_backbones=1)
     fit(network, data, model, num_samples=200, num_warmup=300)
     step_size = model.posterior.info["step_size"]
     fit(network, more, model, num_samples=400, num_warmup=10, warm_start=True)
@@ -295,22 +297,39 @@ def test_a_warm_start_needs_few_warm_up_steps(network, data, more):
 def test_a_short_warm_up_keeps_the_mass_matrix_and_a_long_one_learns(network, data):
     model = fit(network, data, num_samples=40)
     before = model.posterior.adaptation["inverse_mass"]
-    short = fit(network, data, nb.PartialBNN(network), num_samples=20, num_warmup=30, warm_start=model)
+    short = fit(network, data, nb.PartialBNN(network, num_backbones=1), num_samples=20, num_warmup=30, warm_start=model)
     np.testing.assert_array_equal(short.posterior.adaptation["inverse_mass"], before)
-    long = fit(network, data, nb.PartialBNN(network), num_samples=20, num_warmup=200, warm_start=model)
+    long = fit(network, data, nb.PartialBNN(network, num_backbones=1), num_samples=20, num_warmup=200, warm_start=model)
     assert not np.array_equal(long.posterior.adaptation["inverse_mass"], before)
 
 
 def test_a_warm_start_from_another_model(network, data, more, fitted):
     before = fitted.posterior.draws.copy()
-    other = fit(network, more, nb.PartialBNN(network), num_samples=30, num_warmup=20, warm_start=fitted)
-    again = fit(network, more, nb.PartialBNN(nb.FlaxMLP([4], 1)), num_samples=30, num_warmup=20, warm_start=fitted)
+    other = fit(
+        network, more, nb.PartialBNN(network, num_backbones=1), num_samples=30, num_warmup=20, warm_start=fitted
+    )
+    again = fit(
+        network,
+        more,
+        nb.PartialBNN(nb.FlaxMLP([4], 1), num_backbones=1),
+        num_samples=30,
+        num_warmup=20,
+        warm_start=fitted,
+    )
     np.testing.assert_array_equal(other.posterior.draws, again.posterior.draws)
     np.testing.assert_array_equal(fitted.posterior.draws, before)
 
 
 def test_more_chains_than_before_use_its_chains_in_turn(network, data, fitted):
-    model = fit(network, data, nb.PartialBNN(network), num_samples=20, num_warmup=10, num_chains=3, warm_start=fitted)
+    model = fit(
+        network,
+        data,
+        nb.PartialBNN(network, num_backbones=1),
+        num_samples=20,
+        num_warmup=10,
+        num_chains=3,
+        warm_start=fitted,
+    )
     draws = model.posterior.draws
     assert draws.shape[:2] == (3, 20)
     assert not np.array_equal(draws[0], draws[1])
@@ -318,9 +337,9 @@ def test_more_chains_than_before_use_its_chains_in_turn(network, data, fitted):
 
 def test_warm_starts_that_cannot_be(network, data, fitted):
     with pytest.raises(NotFittedError):
-        fit(network, data, nb.PartialBNN(network), warm_start=True)
+        fit(network, data, nb.PartialBNN(network, num_backbones=1), warm_start=True)
     with pytest.raises(NotFittedError):
-        fit(network, data, warm_start=nb.PartialBNN(network))
+        fit(network, data, warm_start=nb.PartialBNN(network, num_backbones=1))
     with pytest.raises(OptionError, match="another network"):
         fit(nb.FlaxMLP([5], 1), data, warm_start=fitted)
     with pytest.raises(OptionError, match="another network"):
@@ -333,14 +352,15 @@ def test_warm_starts_that_cannot_be(network, data, fitted):
 
 def test_a_warm_start_says_when_other_weights_are_asked_for(network, data, fitted):
     with pytest.raises(OptionError, match="other Bayesian weights"):
-        fit(network, data, nb.PartialBNN(network, num_probabilistic_layers=2), warm_start=fitted)
+        fit(network, data, nb.PartialBNN(network, num_probabilistic_layers=2, num_backbones=1), warm_start=fitted)
 
 
 def test_a_warm_start_after_exact_draws_starts_from_the_weights(network, data):
-    exact = nb.PartialBNN(network)
+    exact = nb.PartialBNN(network, num_backbones=1)
     fit(network, data, exact, engine="last_layer", num_samples=50)
-    model = fit(network, data, nb.PartialBNN(network), num_samples=20, num_warmup=20, warm_start=exact)
+    model = fit(network, data, nb.PartialBNN(network, num_backbones=1), num_samples=20, num_warmup=20, warm_start=exact)
     assert model.posterior.info["engine"] == "nuts"
     np.testing.assert_array_equal(
-        model._fitted.source.params["Dense0"]["kernel"], exact._fitted.source.params["Dense0"]["kernel"]
+        model._fitted.members[0].source.params["Dense0"]["kernel"],
+        exact._fitted.members[0].source.params["Dense0"]["kernel"],
     )

@@ -2,7 +2,11 @@
 
 import re
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 import neurobayes as nb
 
@@ -43,7 +47,9 @@ def test_bare_mlp_with_input_shape(capsys, mlp):
 
 
 def test_unfitted_and_fitted_partially_bayesian_model(capsys, mlp, regression, quick):
-    model = nb.PartialBNN(mlp, num_probabilistic_layers=1, probabilistic_neurons={"Dense0": [(0, 5), (2, 1)]})
+    model = nb.PartialBNN(
+        mlp, num_probabilistic_layers=1, probabilistic_neurons={"Dense0": [(0, 5), (2, 1)]}, num_backbones=1
+    )
     rows, _ = table(capsys, model)
     assert rows["Dense2"] == ("dense", "5", "-")
     model.fit(*regression, **quick)
@@ -83,6 +89,47 @@ def test_transformer(capsys):
     assert rows["TokenEmbed"] == ("embedding", "36", "-")
     assert rows["Block0_Attention"] == ("attention", str(4 * 20), "-")
     assert rows["Block0_LayerNorm1"] == ("norm", "8", "-")
+
+
+class Backbone(nnx.Module):
+    """Attributes whose names sort neither in the order of definition nor of the calls."""
+
+    def __init__(self, rngs):
+        self.stem = nnx.Linear(3, 4, rngs=rngs)
+        self.blocks = nnx.List([nnx.Linear(4, 4, rngs=rngs) for _ in range(11)])
+        self.attention = nnx.MultiHeadAttention(2, 4, 4, decode=False, rngs=rngs)
+        self.scale = nnx.Param(jnp.ones(4))
+        self.final = nnx.Linear(4, 1, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = jnp.tanh(block(x))
+        return self.final(self.attention(x[:, None])[:, 0] * self.scale[...])
+
+
+def foreign_networks():
+    keys = jax.random.split(jax.random.key(0), 2)
+    sequential = eqx.nn.Sequential([
+        eqx.nn.Linear(3, 4, key=keys[0]), eqx.nn.Lambda(jnp.tanh), eqx.nn.Linear(4, 1, key=keys[1])
+    ])  # fmt: skip
+    function = (lambda params, x: jnp.tanh(x @ params["a"]["w"]) @ params["b"]["w"],
+                {"b": {"w": jnp.ones((4, 1))}, "a": {"w": jnp.ones((3, 4))}})  # fmt: skip
+    blocks = [f"blocks.{i}" for i in range(11)]
+    return [
+        pytest.param(Backbone(nnx.Rngs(0)), ["stem", *blocks, "attention", "final", "scale"], id="nnx"),
+        pytest.param(sequential, ["layers.0", "layers.2"], id="equinox"),
+        pytest.param(function, ["a", "b"], id="function"),
+    ]
+
+
+@pytest.mark.parametrize(("network", "names"), foreign_networks())
+def test_a_module_that_has_its_weights_needs_no_input_shape(capsys, network, names):
+    rows, _ = table(capsys, network)
+    assert list(rows) == [*names, "total"]
+    assert rows == table(capsys, network, input_shape=(3,))[0]  # the same but for the order
+    model = nb.PartialBNN(network, bayesian=nb.everything())
+    assert table(capsys, model)[0] == rows
 
 
 def test_a_network_that_needs_an_input_shape_says_so(capsys):

@@ -42,17 +42,17 @@ def test_a_validation_loss_that_is_never_finite_raises():
 
 def test_a_search_whose_every_run_blows_up_raises():
     with pytest.raises(TrainingError, match="left-out rows is not finite"):
-        nb.PartialBNN(small()).fit(X, Y, sgd_lr=1e30, sgd_epochs=20, num_samples=100, seed=0)
+        nb.PartialBNN(small(), num_backbones=1).fit(X, Y, sgd_lr=1e30, sgd_epochs=20, num_samples=100, seed=0)
 
 
 @pytest.mark.filterwarnings("default::neurobayes.errors.ConvergenceWarning")
 def test_a_search_without_progress_warns():
     with pytest.warns(ConvergenceWarning, match="does not improve the predictions of left-out rows"):
-        nb.PartialBNN(small()).fit(X, Y, sgd_lr=30.0, sgd_epochs=20, num_samples=200, seed=0)
+        nb.PartialBNN(small(), num_backbones=1).fit(X, Y, sgd_lr=30.0, sgd_epochs=20, num_samples=200, seed=0)
 
 
 def test_a_noise_prior_that_excludes_the_observed_error_still_starts():
-    model = nb.PartialBNN(small(), num_probabilistic_layers=2, noise_prior=dist.Uniform(0.5, 1.0))
+    model = nb.PartialBNN(small(), num_probabilistic_layers=2, noise_prior=dist.Uniform(0.5, 1.0), num_backbones=1)
     noise = model.fit(X, Y, **SHORT).get_samples()["noise_std"] / np.std(Y)
     assert (noise > 0.49).all() and (noise < 1.01).all()
 
@@ -62,7 +62,7 @@ def test_double_precision(num_classes):
     y = Y if num_classes is None else (Y > 0).astype(int)
     network = nb.FlaxMLP([4], num_classes or 1)
     with jax.enable_x64(True):
-        model = nb.PartialBNN(network, num_classes, num_probabilistic_layers=2).fit(X, y, **SHORT)
+        model = nb.PartialBNN(network, num_classes, num_probabilistic_layers=2, num_backbones=1).fit(X, y, **SHORT)
         first, second = model.predict(X)
         deterministic = nb.DeterministicNN(nb.FlaxMLP([4], 1), input_shape=3).train(X, Y, 20).predict(X)
     assert np.isfinite(first).all() and np.isfinite(second).all() and np.isfinite(deterministic).all()
@@ -114,7 +114,7 @@ def test_a_schedule_counts_real_steps_only():
 
 
 def test_warm_start_refuses_another_automatic_selection():
-    model = nb.PartialBNN(small()).fit(X, Y, **SHORT)
+    model = nb.PartialBNN(small(), num_backbones=1).fit(X, Y, **SHORT)
     config = {"method": "magnitude", "layer_names": ["Dense0"], "num_pairs_per_layer": 2}
     with pytest.raises(OptionError, match="leave select_neurons_config out"):
         model.fit(X, Y, warm_start=True, select_neurons_config=config, **SHORT)

@@ -52,7 +52,7 @@ def counts(model):
 )  # fmt: skip
 def test_a_typo_in_a_layer_name_gives_a_silently_deterministic_net(mlp, regression, quick, choice, message):
     """Also: unknown layer in probabilistic_neurons makes it fully Bayesian; out-of-range pairs accepted."""
-    model = nb.PartialBNN(mlp, **choice)
+    model = nb.PartialBNN(mlp, **choice, num_backbones=1)
     with pytest.raises(nb.errors.SelectionError, match=message):
         model.fit(*regression, **quick)
     with pytest.raises(nb.errors.NotFittedError):
@@ -67,11 +67,11 @@ def test_a_typo_in_a_layer_name_gives_a_silently_deterministic_net(mlp, regressi
 )  # fmt: skip
 def test_an_empty_or_malformed_choice_raises_at_construction(mlp, choice):
     with pytest.raises(nb.errors.SelectionError, match=next(iter(choice)).replace("_neurons", "_neurons|weights")):
-        nb.PartialBNN(mlp, **choice)
+        nb.PartialBNN(mlp, **choice, num_backbones=1)
 
 
 def test_pairs_sharing_an_output_make_one_dead_bias_site_each(mlp, regression, quick):
-    model = nb.PartialBNN(mlp, probabilistic_neurons={"Dense0": [(0, 1), (1, 1), (2, 1)]})
+    model = nb.PartialBNN(mlp, probabilistic_neurons={"Dense0": [(0, 1), (1, 1), (2, 1)]}, num_backbones=1)
     assert counts(model.fit(*regression, **quick)) == {"Dense0.kernel": 3}
     assert set(model.get_samples()) == {"Dense0.kernel", "noise_std"}
 
@@ -80,7 +80,7 @@ def test_pairs_sharing_an_output_make_one_dead_bias_site_each(mlp, regression, q
 def test_num_pairs_0_selects_all_negatives_nonsense(mlp, regression, quick, number):
     config = {"method": "magnitude", "layer_names": ["Dense0"], "num_pairs_per_layer": number}
     with pytest.raises(nb.errors.OptionError, match="num_pairs_per_layer"):
-        nb.PartialBNN(mlp).fit(*regression, **quick, select_neurons_config=config)
+        nb.PartialBNN(mlp, num_backbones=1).fit(*regression, **quick, select_neurons_config=config)
 
 
 def test_clustering_unseeded_fails_for_fewer_rows_than_clusters(mlp, regression, quick):
@@ -88,7 +88,11 @@ def test_clustering_unseeded_fails_for_fewer_rows_than_clusters(mlp, regression,
 
     def chosen(number, **config):
         config = {"method": "clustering", "layer_names": ["Dense0"], "num_pairs_per_layer": number, **config}
-        return nb.PartialBNN(mlp).fit(*regression, **quick, select_neurons_config=config).partition.masks()
+        return (
+            nb.PartialBNN(mlp, num_backbones=1)
+            .fit(*regression, **quick, select_neurons_config=config)
+            .partition.masks()
+        )
 
     first = chosen(10)
     assert first["Dense0.kernel"].sum() == 10
@@ -104,7 +108,7 @@ def test_bad_config_reported_only_after_pre_training(mlp, regression, quick, mon
     if given:
         weights = nb.DeterministicNN(mlp, (3,)).train(*regression, epochs=1, progress_bar=False).get_params()
     monkeypatch.setattr("neurobayes.training.train", lambda *a, **k: pytest.fail("training has started"))
-    model = nb.PartialBNN(mlp, deterministic_weights=weights)
+    model = nb.PartialBNN(mlp, deterministic_weights=weights, num_backbones=1)
     good = {"method": "variance", "layer_names": ["Dense0"], "num_pairs_per_layer": 2}
     for change, error in (
         ({"method": "varience"}, "method.*closest: 'variance'"), ({"layer_names": ["Dense9"]}, "Dense9"),
@@ -118,7 +122,7 @@ def test_bad_config_reported_only_after_pre_training(mlp, regression, quick, mon
 def test_a_selection_config_works_with_deterministic_weights(mlp, regression, quick):
     det = nb.DeterministicNN(mlp, (3,)).train(*regression, epochs=10, progress_bar=False)
     config = {"method": "variance", "layer_names": ["Dense1"], "num_pairs_per_layer": 5}
-    model = nb.PartialBNN(mlp, deterministic_weights=det.get_params())
+    model = nb.PartialBNN(mlp, deterministic_weights=det.get_params(), num_backbones=1)
     model.fit(*regression, **quick, select_neurons_config=config)
     assert counts(model) == {"Dense1.kernel": 5}
     picked = nb.select_bayesian_components(det, ["Dense1"], "variance", 5)["Dense1"]
@@ -132,7 +136,7 @@ def test_a_selection_config_works_with_deterministic_weights(mlp, regression, qu
 def test_transformer_bayesian_version_computes_a_different_function(tokens, at_the_trained_weights):
     """Head before pooling: every weight Bayesian and every draw at the trained weights must change nothing."""
     X, y = tokens
-    model = nb.PartialBNN(TRANSFORMER, bayesian=nb.everything()).fit(X, y, **at_the_trained_weights)
+    model = nb.PartialBNN(TRANSFORMER, bayesian=nb.everything(), num_backbones=1).fit(X, y, **at_the_trained_weights)
     by_flax = TRANSFORMER.apply({"params": dict(model.pretraining.params)}, jnp.asarray(X, jnp.int32))
     expected = y.mean() + y.std() * np.asarray(by_flax, float)[:, 0]
     np.testing.assert_allclose(model.predict(X)[0], expected, rtol=1e-5, atol=1e-5)
@@ -147,7 +151,7 @@ def test_attention_out_indices_wrong(tokens, quick):
         "TokenEmbed": [(8, 3), (1, 0)],
         "PosEmbed": [(5, 1)],
     }
-    model = nb.PartialBNN(TRANSFORMER, probabilistic_neurons=neurons).fit(*tokens, **quick)
+    model = nb.PartialBNN(TRANSFORMER, probabilistic_neurons=neurons, num_backbones=1).fit(*tokens, **quick)
     assert counts(model) == {
         "Block0_Attention.out.kernel": 1, "Block0_Attention.query.kernel": 1, "Block0_Attention.value.kernel": 1,
         "PosEmbed.embedding": 1, "TokenEmbed.embedding": 2,
@@ -159,23 +163,27 @@ def test_attention_out_indices_wrong(tokens, quick):
     assert np.argwhere(masks["TokenEmbed.embedding"]).tolist() == [[1, 0], [8, 3]]
     assert np.all(np.isfinite(model.predict(tokens[0])[0]))
     with pytest.raises(nb.errors.SelectionError, match=r"'out'.*'output'"):
-        nb.PartialBNN(TRANSFORMER, probabilistic_neurons={"Block0_Attention": [("output", 0, 0)]}).fit(*tokens, **quick)
+        nb.PartialBNN(TRANSFORMER, probabilistic_neurons={"Block0_Attention": [("output", 0, 0)]}, num_backbones=1).fit(
+            *tokens, **quick
+        )
 
 
 @pytest.mark.parametrize("method", ["variance", "gradient", "magnitude", "clustering"])
 def test_selection_in_attention_and_embedding(tokens, quick, method):
     config = {"method": method, "layer_names": ["TokenEmbed", "Block0_Attention"], "num_pairs_per_layer": 6}
-    model = nb.PartialBNN(TRANSFORMER).fit(*tokens, **quick, select_neurons_config=config)
+    model = nb.PartialBNN(TRANSFORMER, num_backbones=1).fit(*tokens, **quick, select_neurons_config=config)
     found = counts(model)
     assert found.pop("TokenEmbed.embedding") == 6
     assert sum(found.values()) == 6 and all(path.startswith("Block0_Attention.") for path in found)
 
 
 def test_layer_norm_counted_but_never_bayesian(tokens, quick):
-    model = nb.PartialBNN(TRANSFORMER, probabilistic_layer_names=["Block0_LayerNorm1"]).fit(*tokens, **quick)
+    model = nb.PartialBNN(TRANSFORMER, probabilistic_layer_names=["Block0_LayerNorm1"], num_backbones=1).fit(
+        *tokens, **quick
+    )
     assert counts(model) == {"Block0_LayerNorm1.bias": 4, "Block0_LayerNorm1.scale": 4}
     assert np.max(model.posterior_predictive(tokens[0]).epistemic_var) > 0
-    model = nb.PartialBNN(TRANSFORMER, num_probabilistic_layers=3).fit(*tokens, **quick)
+    model = nb.PartialBNN(TRANSFORMER, num_probabilistic_layers=3, num_backbones=1).fit(*tokens, **quick)
     # The last three layers: norms are not counted, so LayerNorm2 stands aside and MLP_dense2 is the third.
     layers = {path.rpartition(".")[0] for path in counts(model)}
     assert layers == {"FinalDense1", "FinalDense2", "Block0_MLP_dense2"}
@@ -183,7 +191,7 @@ def test_layer_norm_counted_but_never_bayesian(tokens, quick):
 
 def test_out_of_vocabulary_tokens_give_nan(tokens, quick):
     X, y = tokens
-    model = nb.PartialBNN(TRANSFORMER).fit(X, y, **quick)
+    model = nb.PartialBNN(TRANSFORMER, num_backbones=1).fit(X, y, **quick)
     for bad in (9, -1, 2**31):
         with pytest.raises(nb.errors.DataError, match=r"outside 0\.\.8"):
             model.predict(np.where(np.arange(6) == 2, bad, X))
@@ -198,7 +206,10 @@ def test_conv_1d_and_3d_partial_always_fail(quick, dims, size):
     X, y = images(dims, size)
     network = nb.FlaxConvNet(input_dim=dims, conv_layers=[3], fc_layers=[4], target_dim=1)
     model = nb.PartialBNN(
-        network, probabilistic_layer_names=["Dense1"], probabilistic_neurons={"Conv0": [(0, 2), (1, 1)]}
+        network,
+        probabilistic_layer_names=["Dense1"],
+        probabilistic_neurons={"Conv0": [(0, 2), (1, 1)]},
+        num_backbones=1,
     )
     model.fit(X, y, **quick)
     window = 3**dims
@@ -208,14 +219,14 @@ def test_conv_1d_and_3d_partial_always_fail(quick, dims, size):
     mean, variance = model.predict(X[:6])
     assert mean.shape == variance.shape == (6,)
     config = {"method": "magnitude", "layer_names": ["Conv0"], "num_pairs_per_layer": 4}
-    model = nb.PartialBNN(network).fit(X, y, **quick, select_neurons_config=config)
+    model = nb.PartialBNN(network, num_backbones=1).fit(X, y, **quick, select_neurons_config=config)
     assert counts(model) == {"Conv0.kernel": 4 * window}
 
 
 def test_images_without_a_channel_axis(quick):
     X, y = images(2, (4, 4))
     network = nb.FlaxConvNet(input_dim=2, conv_layers=[2], fc_layers=[], target_dim=1)
-    model = nb.PartialBNN(network).fit(X[..., 0], y, **quick)
+    model = nb.PartialBNN(network, num_backbones=1).fit(X[..., 0], y, **quick)
     np.testing.assert_array_equal(model.predict(X[..., 0])[0], model.predict(X[..., :1])[0])
 
 
@@ -248,7 +259,9 @@ class TwoHeads(nn.Module):
 
 def test_own_networks_unsupported(regression, at_the_trained_weights):
     X, y = regression
-    model = nb.PartialBNN(Residual(), probabilistic_layer_names=["shared"]).fit(X, y, **at_the_trained_weights)
+    model = nb.PartialBNN(Residual(), probabilistic_layer_names=["shared"], num_backbones=1).fit(
+        X, y, **at_the_trained_weights
+    )
     assert counts(model) == {"shared.bias": 5, "shared.kernel": 25}
     x = ((X - X.mean(0)) / X.std(0)).astype(np.float32)
     outputs = Residual().apply({"params": dict(model.pretraining.params)}, x)
@@ -256,13 +269,13 @@ def test_own_networks_unsupported(regression, at_the_trained_weights):
 
 
 def test_two_head_networks_unsupported(two_outputs, quick):
-    model = nb.PartialBNN(TwoHeads(), probabilistic_layer_names=["left"]).fit(*two_outputs, **quick)
+    model = nb.PartialBNN(TwoHeads(), probabilistic_layer_names=["left"], num_backbones=1).fit(*two_outputs, **quick)
     assert counts(model) == {"left.bias": 1, "left.kernel": 5}
     epistemic = model.posterior_predictive(two_outputs[0]).epistemic_var
     assert epistemic[:, 0].min() > 0
     assert epistemic[:, 1].max() < 1e-8 * epistemic[:, 0].max() * 100
     with pytest.raises(nb.errors.OptionError, match=r"array of shape \(n, outputs\).*tuple"):
-        nb.PartialBNN(TwoHeads(as_tuple=True)).fit(*two_outputs, **quick)
+        nb.PartialBNN(TwoHeads(as_tuple=True), num_backbones=1).fit(*two_outputs, **quick)
 
 
 # Training and inference
@@ -277,7 +290,7 @@ def test_any_unknown_activation_is_silu(activation):
 def test_dropout_is_off_when_the_network_is_bayesian(regression, at_the_trained_weights):
     X, y = regression
     network = nb.FlaxMLP([8], 1, dropout_rate=0.4)
-    model = nb.PartialBNN(network).fit(X, y, **at_the_trained_weights)
+    model = nb.PartialBNN(network, num_backbones=1).fit(X, y, **at_the_trained_weights)
     assert np.max(model.posterior_predictive(X).epistemic_var) < 1e-10
     np.testing.assert_allclose(model.predict(X)[0], model.deterministic_predict(X), rtol=1e-5, atol=1e-6)
 
@@ -286,16 +299,16 @@ def test_divergences_without_a_word(mlp, regression, short):
     """The trap: 200 of 1000 trajectories diverged, and nothing was said."""
     few = {**short, "num_samples": 6}
     with pytest.warns(nb.errors.ConvergenceWarning, match=r"(?s)Do not trust.*To mend it"):
-        model = nb.PartialBNN(mlp, num_probabilistic_layers=1).fit(*regression, **few)
+        model = nb.PartialBNN(mlp, num_probabilistic_layers=1, num_backbones=1).fit(*regression, **few)
     diagnostics = model.diagnostics()
     assert not diagnostics.ok
     assert diagnostics.verdict.startswith("Do not trust")
 
 
 def test_good_draws_are_said_to_be_good(mlp, regression, short):
-    model = nb.PartialBNN(mlp, num_probabilistic_layers=1)
+    model = nb.PartialBNN(mlp, num_probabilistic_layers=1, num_backbones=1)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", nb.errors.ConvergenceWarning)
         model.fit(*regression, **{**short, "num_samples": 1500})
     diagnostics = model.diagnostics()
     assert diagnostics.ok and diagnostics.verdict.startswith("The draws can be trusted")
@@ -305,16 +318,16 @@ def test_good_draws_are_said_to_be_good(mlp, regression, short):
 def test_predicting_before_fitting_says_so(mlp):
     for call in ("predict", "posterior_predictive", "sample_from_posterior", "deterministic_predict"):
         with pytest.raises(nb.errors.NotFittedError, match=r"fit\(X, y\)"):
-            getattr(nb.PartialBNN(mlp), call)(np.ones((2, 3)))
+            getattr(nb.PartialBNN(mlp, num_backbones=1), call)(np.ones((2, 3)))
     for call in ("get_samples", "diagnostics"):
         with pytest.raises(nb.errors.NotFittedError, match=r"fit\(X, y\)"):
-            getattr(nb.PartialBNN(mlp), call)()
+            getattr(nb.PartialBNN(mlp, num_backbones=1), call)()
     with pytest.raises(nb.errors.NotFittedError, match=r"train\(X, y\)"):
         nb.DeterministicNN(mlp, (3,)).predict(np.ones((2, 3)))
 
 
 def test_variance_is_never_negative_far_from_the_data(mlp, regression, quick):
     X, y = regression
-    model = nb.PartialBNN(mlp).fit(X, y, **quick)
+    model = nb.PartialBNN(mlp, num_backbones=1).fit(X, y, **quick)
     _, variance = model.predict(1e6 * X)
     assert np.all(np.isfinite(variance)) and np.all(variance > 0)

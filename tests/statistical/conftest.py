@@ -272,6 +272,45 @@ def counts() -> Target:
     return Target("counts", density, np.zeros(3, np.float32), mean, np.diag(var))
 
 
+def hidden_bias() -> Target:
+    """The bias of the one hidden unit random besides the output layer: given it and the noise, all is Gaussian."""
+    rng = np.random.default_rng(6)
+    x = rng.normal(size=(25, 2)).astype(np.float32)
+    kernel = np.float32([[1.5], [-0.5]])
+    y = (np.tanh(x @ kernel + 0.7) + 0.3 * rng.normal(size=(25, 1))).astype(np.float32)
+    network = as_network(nb.FlaxMLP([1], 1))
+    zero = np.zeros(1, np.float32)
+    params = {"Dense0": {"bias": zero, "kernel": kernel}, "Dense1": {"bias": zero, "kernel": np.zeros((1, 1))}}
+    params = jax.tree.map(np.float32, params)
+    masks = {"Dense0.bias": np.ones(1, bool), "Dense1.bias": np.ones(1, bool), "Dense1.kernel": np.ones((1, 1), bool)}
+    density = linear_target(
+        network, params, masks, x, y, likelihood=Gaussian(), prior_std=1.0, noise_prior=dist.HalfNormal(1.0)
+    )
+    biases, log_noises = np.linspace(-6, 6, 241), np.linspace(-3.5, 1.5, 121)
+    points, log_weights, covs = [], [], []
+    for bias in biases:
+        features = np.column_stack([np.ones(25), np.tanh(x.astype(float) @ kernel + bias)])
+        values, vectors = np.linalg.eigh(features @ features.T)
+        rotated = (vectors.T @ y[:, 0].astype(float)) ** 2
+        for t in log_noises:
+            total = values + np.exp(2 * t)
+            evidence = -0.5 * np.sum(np.log(2 * np.pi * total) + rotated / total)
+            prior = scipy.stats.norm.logpdf(bias) + np.log(2 / np.sqrt(2 * np.pi)) - 0.5 * np.exp(2 * t) + t
+            mean, cov = bayesian_linear_regression(features, y[:, 0].astype(float), 1.0, np.exp(t))
+            points.append([bias, *mean, t])
+            covs.append(cov)
+            log_weights.append(evidence + prior)
+    weights = np.exp(log_weights - np.max(log_weights))
+    weights /= weights.sum()
+    grid = weights.reshape(len(biases), len(log_noises))
+    assert max(grid[0].sum(), grid[-1].sum(), grid[:, 0].sum(), grid[:, -1].sum()) < 1e-6, "the grid cuts off mass"
+    points = np.array(points)
+    mean = weights @ points
+    cov = (weights[:, None] * (points - mean)).T @ (points - mean)
+    cov[1:3, 1:3] += np.tensordot(weights, np.stack(covs), axes=1)
+    return Target("hidden bias", density, np.float32([0.7, 0.0, 1.0, -1.0]), mean, cov)
+
+
 TARGETS: Mapping[str, Callable[[], Target]] = {
     "correlated": lambda: last_layer("correlated", rows=60, hidden=6, noise_std=(0.3,), noise_prior_scale=1.0),
     "fewer rows than weights": lambda: last_layer("fewer rows than weights", rows=5, hidden=11, noise_std=(0.3,)),
@@ -281,6 +320,7 @@ TARGETS: Mapping[str, Callable[[], Target]] = {
     "unknown noise": unknown_noise,
     "logistic regression": logistic_regression,
     "counts": counts,
+    "hidden bias": hidden_bias,
 }
 
 
@@ -321,8 +361,11 @@ class Case:
     slow: bool = False
 
 
-TOO_SKEWED = frozenset({"unknown noise"})
+TOO_SKEWED = frozenset({"unknown noise", "hidden bias"})
 """Where a Gaussian is off by 0.6 standard deviations: a budget that wide would let wrong engines pass too."""
+
+NOTHING_HIDDEN = frozenset(TARGETS) - {"hidden bias"}
+"""Where there is no output layer to integrate out besides other weights."""
 
 ENGINES = [
     Case(name="nuts", engine=NUTS()),
@@ -330,10 +373,18 @@ ENGINES = [
     Case(
         name="last layer",
         engine=LastLayer(),
-        passed_over=frozenset({"fewer rows than weights", "logistic regression", "counts"}),
+        passed_over=frozenset({"fewer rows than weights", "logistic regression", "counts", "hidden bias"}),
+    ),
+    Case(name="nuts, collapsed", engine=NUTS(collapse=True), passed_over=NOTHING_HIDDEN),
+    Case(
+        name="mclmc, collapsed",
+        engine=MCLMC(collapse=True),
+        num_samples=2000,
+        passed_over=NOTHING_HIDDEN,
+        budget={"hidden bias": 0.1},
     ),
     # Without an accept step. In two dimensions, with a tail in one, the energy error per dimension says least.
-    Case(name="mclmc", engine=MCLMC(), budget={"unknown noise": 0.1}),
+    Case(name="mclmc", engine=MCLMC(), budget={"unknown noise": 0.1, "hidden bias": 0.1}),
     Case(name="mclmc, adjusted", engine=MCLMC(adjusted=True), slow=True),
     # All rows in a batch; the step size widens variances by up to a tenth, and ``test_sgmcmc`` has smaller batches.
     Case(

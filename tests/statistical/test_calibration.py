@@ -88,7 +88,7 @@ def sample_model(y, replicate):
     """Draws of weights and noise from a fitted model."""
     model = nb.PartialBNN(
         NETWORK, num_probabilistic_layers=1, deterministic_weights=PARAMS, noise_prior=NOISE_PRIOR, prior_mean="zero",
-        standardize=False,
+        standardize=False, num_backbones=1
     )  # fmt: skip
     model.fit(
         X, y, num_warmup=250, num_samples=NUM_KEPT * THIN, engine=NUTS(), progress_bar=False, seed=replicate
@@ -104,7 +104,64 @@ def sample_prior(y, replicate):
     return rng.normal(size=(NUM_KEPT * THIN, 1 + HIDDEN)), np.abs(rng.normal(size=NUM_KEPT * THIN))
 
 
-def run(sample, replicates):
+# --- hidden biases and output layer random: the part that ``collapse=True`` integrates out, and one that stays
+
+
+def deep_values(weights, x):
+    """Outputs for each draw: weights (draws, hidden + 1 + hidden), hidden biases first."""
+    inside = x.astype(float) @ PARAMS["Dense0"]["kernel"]
+    hidden = np.tanh(inside + weights[:, None, :HIDDEN])
+    return weights[:, HIDDEN, None] + np.einsum("dnh,dh->dn", hidden, weights[:, HIDDEN + 1 :])
+
+
+def deep_quantities(weights, noise_std, y):
+    """What is ranked, as ``quantities``."""
+    log_likelihoods = scipy.stats.norm.logpdf(y, deep_values(weights, X), noise_std[:, None]).sum(axis=1)
+    return np.column_stack([weights, deep_values(weights, X_NEW), noise_std, log_likelihoods])
+
+
+def deep_simulate(replicate):
+    """Truth from the prior and data from the truth."""
+    rng = np.random.default_rng([4, replicate])
+    weights, noise_std = rng.normal(size=1 + 2 * HIDDEN), np.abs(rng.normal())
+    return weights, noise_std, deep_values(weights[None], X)[0] + noise_std * rng.normal(size=NUM_ROWS)
+
+
+def sample_collapsed_density(y, replicate):
+    """Draws of weights and noise, the output layer integrated out and drawn back."""
+    size = data.bucket_size(NUM_ROWS)
+    masks = {"Dense0.bias": np.ones(HIDDEN, bool), "Dense1.bias": np.ones(1, bool)}
+    masks["Dense1.kernel"] = np.ones((HIDDEN, 1), bool)
+    partition = Partition.from_masks(masks, trees.shapes(PARAMS))
+    prior = WeightPrior(np.zeros(partition.size, np.float32), np.ones(partition.size, np.float32))
+    density = log_density.build(
+        as_network(NETWORK), partition, PARAMS, {}, data.pad_rows(X, size),
+        data.pad_rows(y[:, None].astype(np.float32), size), data.row_weights(NUM_ROWS, size),
+        likelihood=Gaussian(), prior=prior, noise_prior=NOISE_PRIOR,
+    )  # fmt: skip
+    residual = np.float32(np.log(0.5 * np.std(y)))
+    posterior = NUTS(collapse=True).run(
+        jax.random.key(replicate), density, np.append(np.zeros(partition.size, np.float32), residual),
+        num_warmup=250, num_samples=NUM_KEPT * THIN,
+    )  # fmt: skip
+    draws = posterior.flat_draws.astype(float)
+    return draws[:, :-1], np.exp(draws[:, -1])
+
+
+def sample_collapsed_model(y, replicate):
+    """Draws of weights and noise from a fitted model."""
+    model = nb.PartialBNN(
+        NETWORK, bayesian=nb.path("Dense0.bias") | nb.last(1), deterministic_weights=PARAMS, noise_prior=NOISE_PRIOR,
+        prior_mean="zero", standardize=False, num_backbones=1
+    )  # fmt: skip
+    engine = NUTS(collapse=True)
+    model.fit(X, y, num_warmup=250, num_samples=NUM_KEPT * THIN, engine=engine, progress_bar=False, seed=replicate)
+    samples = model.get_samples()
+    parts = [samples["Dense0.bias"], samples["Dense1.bias"], samples["Dense1.kernel"][..., 0]]
+    return np.concatenate(parts, axis=1).astype(float), samples["noise_std"].astype(float)
+
+
+def run(sample, replicates, simulate=simulate, quantities=quantities):
     """Truth and thinned draws of each replicate: ``(replicate, quantity)`` and ``(replicate, kept, quantity)``."""
     truths, kept = [], []
     for replicate in replicates:
@@ -165,6 +222,20 @@ def test_draws_that_are_biased_are_rejected(few):
     assert not is_uniform(truths, kept + 0.5 * kept.std(axis=1, keepdims=True))
 
 
+@pytest.fixture(scope="module")
+def few_collapsed():
+    return run(sample_collapsed_density, range(200), deep_simulate, deep_quantities)
+
+
+def test_ranks_are_uniform_with_the_output_layer_integrated_out(few_collapsed):
+    assert is_uniform(*few_collapsed), p_values(*few_collapsed)
+
+
+def test_collapsed_draws_that_are_too_narrow_are_rejected(few_collapsed):
+    truths, kept = few_collapsed
+    assert not is_uniform(truths, shrunk(kept))
+
+
 def test_the_prior_is_rejected_and_only_by_its_likelihood():
     truths, kept = run(sample_prior, range(200))
     assert not is_uniform(truths, kept)
@@ -185,6 +256,15 @@ def test_independent_draws_of_the_truths_own_distribution_pass():
 @pytest.mark.filterwarnings("ignore::neurobayes.errors.ConvergenceWarning")  # 252 draws are meant to be few
 def test_ranks_are_uniform_through_the_model():
     truths, kept = run(sample_model, range(1000, 1300))
+    assert is_uniform(truths, kept), p_values(truths, kept)
+    assert not is_uniform(truths, shrunk(kept))
+
+
+@pytest.mark.filterwarnings("ignore::neurobayes.errors.UnitsWarning")
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::neurobayes.errors.ConvergenceWarning")
+def test_ranks_are_uniform_through_the_model_with_the_output_layer_integrated_out():
+    truths, kept = run(sample_collapsed_model, range(1000, 1300), deep_simulate, deep_quantities)
     assert is_uniform(truths, kept), p_values(truths, kept)
     assert not is_uniform(truths, shrunk(kept))
 

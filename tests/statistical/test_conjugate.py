@@ -47,7 +47,7 @@ def fitted(request):
     noise_prior = dist.LogNormal(np.log(NOISE[:num_outputs]), 0.01)
     model = nb.PartialBNN(
         nb.FlaxMLP([HIDDEN], num_outputs), num_probabilistic_layers=1, deterministic_weights=given_weights(num_outputs),
-        noise_prior=noise_prior, prior_mean="zero", standardize=False,
+        noise_prior=noise_prior, prior_mean="zero", standardize=False, num_backbones=1
     )  # fmt: skip
     model.fit(
         X, y, num_warmup=500, num_samples=1000, num_chains=2, priors_sigma=PRIOR_STD, progress_bar=False,

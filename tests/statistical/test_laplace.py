@@ -12,6 +12,7 @@ import neurobayes as nb
 from neurobayes import log_density, trees
 from neurobayes.errors import OptionError
 from neurobayes.inference import Laplace
+from neurobayes.inference._gauss_newton import spectrum
 from neurobayes.inference.laplace import predictive_moments
 from neurobayes.likelihoods import Gaussian
 from neurobayes.networks import as_network
@@ -143,7 +144,7 @@ def test_noise_is_not_that_of_the_overfitted_rows():
     rng = np.random.default_rng(1)
     X = rng.uniform(-2, 2, size=(30, 1))
     y = np.sin(2 * X[:, 0]) + 0.3 * rng.normal(size=30)
-    model = nb.PartialBNN(nb.FlaxMLP([16], 1), probabilistic_layer_names=["Dense0", "Dense1"])
+    model = nb.PartialBNN(nb.FlaxMLP([16], 1), probabilistic_layer_names=["Dense0", "Dense1"], num_backbones=1)
     model.fit(
         X, y, num_warmup=1, num_samples=200, sgd_epochs=50, map_sigma=1.0, engine="laplace", progress_bar=False, seed=0
     )
@@ -171,8 +172,99 @@ def test_second_run_compiles_nothing(curved, config, caplog):
     assert [record.message for record in caplog.records if "Finished XLA compilation" in record.message] == []
 
 
+def one_row_or_linear(hidden, rows, num_outputs=1):
+    """All weights of a network random, with known noise."""
+    rng = np.random.default_rng(8)
+    network = as_network(nb.FlaxMLP(hidden, num_outputs))
+    x = rng.normal(size=(rows, 3)).astype(np.float32)
+    y = rng.normal(size=(rows, num_outputs)).astype(np.float32)
+    params, _ = network.init(jax.random.key(1), x)
+    params = jax.tree.map(np.asarray, params)
+    partition = Partition.everything(trees.shapes(params))
+    prior = WeightPrior(np.zeros(partition.size, np.float32), np.full(partition.size, 1.5, np.float32))
+    weights = np.where(np.arange(rows) < max(1, rows - 2), 1.0, 0.0).astype(np.float32)
+    density = log_density.build(
+        network, partition, params, {}, x, y, weights, likelihood=Gaussian(), prior=prior,
+        noise_prior=dist.HalfNormal(1.0),
+    )  # fmt: skip
+    theta = np.asarray(partition.split(params))
+    noise = np.log(np.linspace(0.4, 0.8, num_outputs)).astype(np.float32)
+    return density, (theta / 1.5).astype(np.float32), noise
+
+
+def gauss_newton(density, u, noise, structure):
+    """Eigenvalues by noise, and the matrix they make with their vectors."""
+    found = spectrum(density.form, KEY, u, noise, density.terms, structure, 1)
+    vectors = found.vectors if isinstance(found.vectors, np.ndarray) else found.vectors.dense()
+    return found, (vectors * found.values) @ vectors.T
+
+
+@pytest.mark.parametrize("num_outputs", [1, 2])
+def test_kronecker_is_exact_for_a_linear_model(num_outputs):
+    density, u, noise = one_row_or_linear([], 12, num_outputs)
+    expected = gauss_newton(density, u, noise, "full")[1]
+    np.testing.assert_allclose(gauss_newton(density, u, noise, "kronecker")[1], expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_outputs", [1, 2])
+def test_kronecker_is_exact_for_one_row_but_between_layers(num_outputs):
+    density, u, noise = one_row_or_linear([4, 3], 1, num_outputs)
+    found, kronecker = gauss_newton(density, u, noise, "kronecker")
+    full = gauss_newton(density, u, noise, "full")[1]
+    ends = np.cumsum(density.form.blocks)
+    layer = np.searchsorted(ends, np.arange(ends[-1]), side="right") // 2  # bias and kernel of each
+    within = layer[:, None] == layer
+    np.testing.assert_allclose(kronecker, np.where(within, full, 0.0), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(found.by_noise.sum(axis=1), found.values)
+
+
+def test_the_kronecker_basis_multiplies_as_its_matrix_does():
+    density, u, noise = one_row_or_linear([4, 3], 9)
+    basis = gauss_newton(density, u, noise, "kronecker")[0].vectors
+    matrix, rng = basis.dense(), np.random.default_rng(0)
+    np.testing.assert_allclose(matrix @ matrix.T, np.eye(len(u)), atol=1e-12)
+    rows, column = rng.normal(size=(5, len(u))), rng.normal(size=len(u))
+    np.testing.assert_allclose(rows @ basis, rows @ matrix)
+    np.testing.assert_allclose(rows @ basis.T, rows @ matrix.T)
+    np.testing.assert_allclose(basis @ column, matrix @ column)
+    np.testing.assert_allclose(basis.T @ column, matrix.T @ column)
+
+
+def test_kronecker_is_nearer_to_the_full_curvature_than_the_diagonal(curved):
+    density, start = curved
+    spread = {}
+    for structure in ("full", "kronecker", "diagonal"):
+        config = Laplace(structure=structure)
+        gaussian = config.run(KEY, density, start, num_warmup=1, num_samples=10).info["gaussian"]
+        _, variance = predictive_moments(gaussian, density.form.hoisted, density.terms.carry)
+        spread[structure] = np.log(variance)
+    distance = {name: np.sqrt(np.mean((spread[name] - spread["full"]) ** 2)) for name in ("kronecker", "diagonal")}
+    assert distance["kronecker"] < 0.7 * distance["diagonal"]
+
+
+def test_kronecker_draws_have_the_gaussians_moments(curved, disagreement):
+    density, start = curved
+    posterior = Laplace(structure="kronecker").run(KEY, density, start, num_warmup=1, num_samples=1500, num_chains=2)
+    gaussian, size = posterior.info["gaussian"], density.form.num_theta
+    assert disagreement(posterior.draws[..., :size], gaussian.mode[:size], gaussian.covariance()) == []
+
+
+def test_kronecker_says_what_it_is_for(regression_like):
+    X, y = regression_like
+    model = nb.PartialBNN(nb.FlaxMLP([4], 1), probabilistic_neurons={"Dense0": [(0, 1)]}, num_backbones=1)
+    with pytest.raises(OptionError, match="whole dense layers"):
+        model.fit(X, y, num_samples=10, sgd_epochs=5, map_sigma=1.0, engine=Laplace(structure="kronecker"))
+
+
+@pytest.fixture
+def regression_like():
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(30, 2))
+    return X, X[:, 0] + 0.1 * rng.normal(size=30)
+
+
 def test_options_are_checked():
     with pytest.raises(OptionError, match="structure"):
-        Laplace(structure="kronecker")
+        Laplace(structure="block")
     with pytest.raises(OptionError, match="prior_scale"):
         Laplace(prior_scale="auto")

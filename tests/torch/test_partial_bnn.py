@@ -45,7 +45,7 @@ def module():
 
 @pytest.fixture(scope="module")
 def model(module):
-    made = nb.PartialBNN(module, bayesian=nb.layers("head"))
+    made = nb.PartialBNN(module, bayesian=nb.layers("head"), num_backbones=1)
     return made.fit(X, Y, num_warmup=100, num_samples=100, progress_bar=False, seed=0)
 
 

@@ -141,6 +141,14 @@ def test_layers_in_order_of_calls():
     assert [layer.kind for layer in layers[:6]] == ["dense", "attention", "norm", "dense", "dense", "norm"]
 
 
+def test_layers_without_any_input_in_order_of_definition():
+    network = as_network(Encoder())
+    known = network.layers(draw(2, 4, 3))
+    listed = network.layers(None)
+    assert sorted(listed, key=lambda layer: layer.name) == sorted(known, key=lambda layer: layer.name)
+    assert [layer.name for layer in listed[:3]] == ["head", "up", "encoder.layers.0.self_attn"]
+
+
 @pytest.mark.parametrize(("make", "shape"), [(mlp, (1, 3)), (Encoder, (1, 4, 3))], ids=["mlp", "encoder"])
 def test_dropout_with_key_only(make, shape):
     network = as_network(make())

@@ -453,6 +453,14 @@ def test_later_changes_to_given_weights_do_not_reach_the_model():
     np.testing.assert_array_equal(params["Dense0"]["kernel"], before)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other devices have memory of their own")
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (5, 7), (64, 65)])
+def test_copied_weights_are_where_jax_uses_them_without_another_copy(shape):
+    copy = _checks._as_leaf(np.ones(shape))
+    assert copy.shape == shape and copy.dtype == np.float32 and (copy == 1).all()
+    assert not copy.size or jax.device_put(copy).unsafe_buffer_pointer() == copy.ctypes.data
+
+
 def test_every_fault_of_weights_is_listed_at_once():
     given = weights()
     del given["Dense0"]["bias"]

@@ -95,6 +95,17 @@ def test_disagreeing_chains_and_few_effective_draws_are_complained_about():
     assert not judged.ok and "effective draws" in judged.verdict
 
 
+@pytest.mark.parametrize(
+    ("pareto_k", "ok", "said"),
+    [(0.9, False, "Pareto k 0.90"), (0.3, True, "close to the posterior"), (np.nan, True, "do not show")],
+)
+def test_an_approximation_is_judged_by_its_importance_ratios(pareto_k, ok, said):
+    values = independent()
+    judged = diagnose(values, {}, 10, independent=True, approximation="Pathfinder", pareto_k=pareto_k)
+    assert judged.ok == ok
+    assert said in judged.verdict
+
+
 def test_a_single_divergence_among_many_draws_is_reported_but_forgiven():
     values = independent()
     one = np.zeros((4, 500), bool)

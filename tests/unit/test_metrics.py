@@ -1,5 +1,8 @@
 """Each metric against scikit-learn, scipy, an integral or a case worked by hand; and what each refuses."""
 
+import json
+import pickle
+
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
@@ -371,19 +374,55 @@ class Fixed:
         return tuple(part[: len(X)] for part in self._prediction)
 
 
+def by_hand(y_true, mean, var, level, bounds=metrics.gaussian_interval):
+    lower, upper = bounds(mean, var, level)
+    return {
+        "rmse": metrics.rmse(y_true, mean),
+        "mae": metrics.mae(y_true, mean),
+        "r2": metrics.r2(y_true, mean),
+        "nlpd": metrics.nlpd(y_true, mean, var),
+        "crps": metrics.crps(y_true, mean, var),
+        "coverage": metrics.interval_coverage(y_true, lower, upper),
+        "coverage_50": metrics.interval_coverage(y_true, *bounds(mean, var, 0.5)),
+        "interval_width": metrics.interval_width(lower, upper),
+    }
+
+
 def test_summary_of_a_regression(regression):
     y_true, mean, var = regression
     scores = metrics.summary(Fixed(True, mean, var), y_true, y_true, level=0.8)
-    lower, upper = metrics.gaussian_interval(mean, var, 0.8)
-    assert scores == {
-        "rmse": metrics.rmse(y_true, mean),
-        "mae": metrics.mae(y_true, mean),
-        "nlpd": metrics.nlpd(y_true, mean, var),
-        "coverage": metrics.interval_coverage(y_true, lower, upper),
-        "crps": metrics.crps(y_true, mean, var),
-        "interval_width": metrics.interval_width(lower, upper),
-    }
+    assert scores == by_hand(y_true, mean, var, 0.8)
     assert all(type(score) is float for score in scores.values())
+
+
+def test_summary_gives_the_scores_of_each_output():
+    rng = np.random.default_rng(0)
+    y_true, mean, var = rng.normal(size=(20, 3)) * [1, 10, 100], np.zeros((20, 3)), np.ones((20, 3))
+    scores = metrics.summary(Fixed(True, mean, var), y_true, y_true)
+    for j in range(3):
+        expected = by_hand(y_true[:, j], mean[:, j], var[:, j], 0.95)
+        assert {name: column[j] for name, column in scores.by_output.items()} == pytest.approx(expected)
+    assert scores["mae"] == pytest.approx(scores.by_output["mae"].mean())
+    assert metrics.summary(Fixed(True, mean[:, 0], var[:, 0]), y_true, y_true[:, 0]).by_output == {}
+
+
+def test_summary_judges_a_model_by_its_own_intervals(regression):
+    y_true, mean, var = regression
+    model = Fixed(True, mean, var)
+    model.predict_interval = lambda X, level: (mean - level, mean + 3 * level)
+    expected = by_hand(y_true, mean, var, 0.9, lambda mean, var, level: (mean - level, mean + 3 * level))
+    assert metrics.summary(model, y_true, y_true, level=0.9) == pytest.approx(expected)
+    assert expected["interval_width"] == pytest.approx(3.6)
+
+
+def test_summary_of_a_constant_target_has_no_r2():
+    scores = metrics.summary(Fixed(True, np.zeros(4), np.ones(4)), np.ones(4), np.ones(4))
+    assert np.isnan(scores["r2"]) and scores["rmse"] == 1
+
+
+def test_summary_of_other_shapes_raises():
+    with pytest.raises(DataError, match="nothing is broadcast"):
+        metrics.summary(Fixed(True, np.zeros(4), np.ones(4)), np.ones(4), np.ones((4, 1)))
 
 
 def test_summary_of_a_classification(classification):
@@ -392,7 +431,32 @@ def test_summary_of_a_classification(classification):
     assert scores == {
         "accuracy": metrics.accuracy(labels, p),
         "nll": metrics.nll(labels, p),
-        "ece": metrics.ece(labels, p),
         "brier": metrics.brier(labels, p),
+        "ece": metrics.ece(labels, p),
+        "entropy": metrics.entropy(p),
     }
     assert all(type(score) is float for score in scores.values())
+
+
+def test_scores_print_as_a_table_of_all_outputs_and_each():
+    one = metrics.Scores({"rmse": 0.123456, "nlpd": -1.0})
+    assert str(one).splitlines() == ["rmse      0.1235", "nlpd          -1"]
+    two = metrics.Scores({"mae": 2.0}, {"mae": np.array([1.0, 3.0])})
+    assert [line.split() for line in str(two).splitlines()] == [["all", "0", "1"], ["mae", "2", "1", "3"]]
+    assert len({len(line) for line in str(two).splitlines()}) == 1
+
+
+def test_scores_are_a_dict_that_survives_pickling_and_json():
+    scores = metrics.Scores({"mae": 2.0}, {"mae": np.array([1.0, 3.0])})
+    again = pickle.loads(pickle.dumps(scores))
+    assert again == scores == json.loads(json.dumps(scores))
+    np.testing.assert_array_equal(again.by_output["mae"], [1, 3])
+
+
+def test_entropy_matches_scipy_and_knows_certainty(classification):
+    _, p = classification
+    assert metrics.entropy(p) == pytest.approx(stats.entropy(p, axis=1).mean())
+    assert metrics.entropy([[1.0, 0.0], [0.0, 1.0]]) == 0
+    assert metrics.entropy([[0.25] * 4]) == pytest.approx(np.log(4))
+    with pytest.raises(DataError, match="rows whose sum is not 1"):
+        metrics.entropy([[0.5, 0.6]])

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from neurobayes import metrics, plots
-from neurobayes.errors import DataError, MissingExtraError
+from neurobayes.errors import DataError, MissingExtraError, OptionError
 
 pytest.importorskip("matplotlib")
 
@@ -150,3 +150,73 @@ def test_uncertainty_of_wrong_length_or_value_raises():
         plots.uncertainty_histogram(LABELS, PROBABILITIES, [0.1, 0.2])
     with pytest.raises(DataError, match="non-finite"):
         plots.uncertainty_histogram([0, 1], np.eye(2), [0.0, np.nan])
+
+
+class Model:
+    """A model that predicts what it was given, and has intervals of its own where these are given."""
+
+    def __init__(self, is_regression, *prediction, interval=None):
+        self.is_regression, self.prediction = is_regression, prediction
+        if interval is not None:
+            self.predict_interval = interval
+
+    def predict(self, X):
+        return self.prediction
+
+
+def points(ax):
+    """Everything drawn as points or lines, as plain lists."""
+    scatters = [c.get_offsets().tolist() for c in ax.collections if hasattr(c, "get_sizes")]
+    return scatters + [line.get_xydata().tolist() for line in ax.lines]
+
+
+@pytest.mark.parametrize("name", ["parity", "calibration", "interval_width"])
+def test_a_model_is_drawn_as_its_predictions(name):
+    draw = getattr(plots, name)
+    assert points(draw(Model(True, MEAN, VAR), None, Y)) == points(draw(Y, MEAN, VAR))
+
+
+@pytest.mark.parametrize("name", ["reliability", "confidence_histogram", "uncertainty_histogram"])
+def test_a_classifier_is_drawn_as_its_predictions(name):
+    draw, model = getattr(plots, name), Model(False, PROBABILITIES, ENTROPY)
+    ax, expected = draw(model, None, LABELS), PLOTS[name]()
+    assert points(ax) == points(expected) and ax.get_title() == expected.get_title()
+    assert [p.get_height() for p in ax.patches] == [p.get_height() for p in expected.patches]
+
+
+@pytest.mark.parametrize("name", ["parity", "calibration", "interval_width"])
+def test_one_of_several_outputs_is_chosen(name):
+    draw = getattr(plots, name)
+    pairs = [np.stack([np.zeros(60), array], axis=1) for array in (Y, MEAN, VAR)]
+    assert points(draw(*pairs, output=1)) == points(draw(Y, MEAN, VAR))
+    assert points(draw(Model(True, *pairs[1:]), None, pairs[0], output=1)) == points(draw(Y, MEAN, VAR))
+    with pytest.raises(OptionError, match="output=2 does not exist: there are 2"):
+        draw(*pairs, output=2)
+
+
+def test_a_model_is_judged_by_its_own_intervals():
+    def interval(X, level):  # holds this share of the targets, exactly at tenths
+        half = np.quantile(np.abs(Y - MEAN), level, method="inverted_cdf")
+        return MEAN - half, MEAN + half
+
+    model = Model(True, MEAN, 1e-6 * VAR, interval=interval)
+    line = next(line for line in plots.calibration(model, None, Y).lines if line.get_label() == "this model")
+    np.testing.assert_allclose(line.get_xdata()[1:-1], [*np.arange(1, 10) / 10, 0.95])
+    np.testing.assert_allclose(line.get_ydata()[1:-1], [*np.arange(1, 10) / 10, 57 / 60])
+    assert offsets(plots.parity(model, None, Y, level=0.8)) == {"inside": 48, "outside": 12}
+    assert offsets(plots.interval_width(model, None, Y, level=0.8)) == {"inside": 48, "outside": 12}
+
+
+def test_calibration_shows_the_band_of_chance():
+    band = plots.calibration(Y, MEAN, VAR).collections[0].get_paths()[0].vertices
+    middle = band[np.isclose(band[:, 0], 0.5)][:, 1]
+    np.testing.assert_allclose([middle.min(), middle.max()], 0.5 + np.array([-1.96, 1.96]) * 0.5 / 60**0.5)
+
+
+def test_plots_of_the_other_kind_of_model_say_which_to_use():
+    with pytest.raises(OptionError, match=r"Use plots\.reliability"):
+        plots.parity(Model(False, PROBABILITIES, ENTROPY), None, LABELS)
+    with pytest.raises(OptionError, match=r"Use plots\.calibration"):
+        plots.reliability(Model(True, MEAN, VAR), None, Y)
+    with pytest.raises(DataError, match=r"\(model, X, y\)"):
+        plots.reliability(Model(False, PROBABILITIES, ENTROPY), None)

@@ -143,7 +143,7 @@ def test_partition_alone_and_a_subspace_are_shown_by_their_leaves():
 
 def test_what_has_no_partition_raises():
     with pytest.raises(NotFittedError, match="fit"):
-        plots.partition(nb.PartialBNN(nb.FlaxMLP([4], 1)))
+        plots.partition(nb.PartialBNN(nb.FlaxMLP([4], 1), num_backbones=1))
     with pytest.raises(OptionError, match="PartialBNN or a Partition"):
         plots.partition(np.zeros(3))
 

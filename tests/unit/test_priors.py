@@ -65,6 +65,17 @@ def test_a_standard_deviation_that_is_not_positive_raises(value):
         priors.prior_std_tree(PARAMS, {"Dense0": value})
 
 
+def test_prior_of_a_part_is_that_of_the_whole_tree_there():
+    shapes = trees.shapes(PARAMS)
+    masks = {path: np.arange(np.prod(shape)).reshape(shape) % 2 == 0 for path, shape in shapes.items()}
+    del masks["Dense1.bias"]
+    partition = Partition.from_masks(masks, shapes)
+    sigmas = {"Dense0": 3.0, "Dense10": 0.2, "Dense0.bias": 0.1}
+    prior = priors.weight_prior(partition, PARAMS, sigmas, "zero")
+    np.testing.assert_array_equal(prior.std, partition.split(priors.prior_std_tree(PARAMS, sigmas)))
+    np.testing.assert_array_equal(prior.mean, np.zeros(partition.size))
+
+
 def test_prior_is_centred_at_the_trained_weights_or_at_zero():
     trained = priors.weight_prior(EVERYTHING, PARAMS, {"Dense0": 3.0}, "map")
     zero = priors.weight_prior(EVERYTHING, PARAMS, {"Dense0": 3.0}, "zero")

@@ -65,18 +65,31 @@ def test_blocks_shrink_as_activations_grow(monkeypatch):
         frozen = Partition.nothing(trees.shapes(params))
         return row_blocks.rows_per_block(network, frozen, params, state, np.zeros((1, 3), np.float32))
 
-    monkeypatch.setattr(row_blocks, "BLOCK_BYTES", 2**14)
+    monkeypatch.setattr(row_blocks, "CPU_BLOCK_BYTES", 2**14)
     assert rows(8) > rows(64) > rows(512) >= 8
+
+
+def test_blocks_follow_the_kind_of_machine(monkeypatch):
+    network = as_network(nb.FlaxMLP([512], 1))
+    params, state = network.init(jax.random.key(0), np.zeros((1, 3), np.float32))
+    arguments = network, Partition.nothing(trees.shapes(params)), params, state, np.zeros((1, 3), np.float32)
+    monkeypatch.setattr(row_blocks, "CPU_BLOCK_BYTES", 2**16)
+    monkeypatch.setattr(row_blocks, "BLOCK_BYTES", 2**18)
+    rows = {}
+    for backend in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        rows[backend] = row_blocks.rows_per_block(*arguments)
+    assert rows == {"cpu": 32, "gpu": 128}
 
 
 def test_fit_says_when_it_recomputes(monkeypatch):
     monkeypatch.setattr(row_blocks, "CARRY_BUDGET_BYTES", 8)
     rng = np.random.default_rng(0)
     X = rng.normal(size=(30, 2))
-    model = nb.PartialBNN(nb.FlaxMLP([4], 1))
+    model = nb.PartialBNN(nb.FlaxMLP([4], 1), num_backbones=1)
     with pytest.warns(MemoryBudgetWarning, match="30 rows exceed the memory budget"):
         model.fit(X, X[:, 0], num_samples=150, sgd_epochs=5, map_sigma=1.0, seed=0)
-    kept = nb.PartialBNN(nb.FlaxMLP([4], 1))
+    kept = nb.PartialBNN(nb.FlaxMLP([4], 1), num_backbones=1)
     monkeypatch.setattr(row_blocks, "CARRY_BUDGET_BYTES", 2**30)
     kept.fit(X, X[:, 0], num_samples=150, sgd_epochs=5, map_sigma=1.0, seed=0)
     np.testing.assert_allclose(model.predict(X)[0], kept.predict(X)[0], rtol=1e-3, atol=1e-3)

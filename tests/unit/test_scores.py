@@ -107,7 +107,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::neurobayes.errors.ConvergenceWa
 
 
 def fitted(by, k=3, **options):
-    model = nb.PartialBNN(nb.FlaxMLP([4], 1), bayesian=nb.top(k, by=by))
+    model = nb.PartialBNN(nb.FlaxMLP([4], 1), bayesian=nb.top(k, by=by), num_backbones=1)
     return model.fit(X, NUMBERS[:, 0], **OPTIONS, **options)
 
 
@@ -188,8 +188,12 @@ def test_wrong_score_names_raise_before_anything():
 
 
 def test_given_weights_without_statistics_serve_data_scores_only():
-    model = nb.PartialBNN(nb.FlaxMLP([4], D_OUT), bayesian=nb.top(2, by="fisher"), deterministic_weights=PARAMS)
+    model = nb.PartialBNN(
+        nb.FlaxMLP([4], D_OUT), bayesian=nb.top(2, by="fisher"), deterministic_weights=PARAMS, num_backbones=1
+    )
     assert model.fit(X, NUMBERS, **OPTIONS).num_bayesian_weights == 2
-    model = nb.PartialBNN(nb.FlaxMLP([4], D_OUT), bayesian=nb.top(2, by="swag_variance"), deterministic_weights=PARAMS)
+    model = nb.PartialBNN(
+        nb.FlaxMLP([4], D_OUT), bayesian=nb.top(2, by="swag_variance"), deterministic_weights=PARAMS, num_backbones=1
+    )
     with pytest.raises(OptionError, match="swag_variance needs the statistics"):
         model.fit(X, NUMBERS, **OPTIONS)

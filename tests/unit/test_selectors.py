@@ -137,6 +137,28 @@ def test_path_by_glob_and_regex(info):
         sel.path(3)
 
 
+def test_brackets_in_a_glob_are_indices_and_digits():
+    names = ["blocks.0.q.kernel", "blocks.1.q.kernel", "blocks.10.q.kernel", "blocks1.kernel", "Dense0.bias", "0.w"]
+    names += ["heads[2].w", "0.1.w"]
+    shapes = dict.fromkeys(names, (2,))
+    brackets = NetworkInfo(tuple(Layer(name.rpartition(".")[0], "other", (name,)) for name in names), shapes)
+
+    def found(glob):
+        return set(chosen(sel.path(glob), brackets))
+
+    assert found("blocks[0].*") == {"blocks.0.q.kernel"}
+    assert found("blocks[10].*") == {"blocks.10.q.kernel", "blocks1.kernel"}  # the index, and the digits 1 and 0
+    assert found("blocks[1].q.kernel") == {"blocks.1.q.kernel"}
+    assert found("Dense[01].bias") == {"Dense0.bias"}
+    assert found("[0].w") == {"0.w"} and found("[0][1].w") == {"0.1.w"}
+    assert found("heads[2].w") == {"heads[2].w"}
+    assert found("blocks[!0]*.kernel") == {"blocks.0.q.kernel", "blocks.1.q.kernel", "blocks.10.q.kernel",
+                                           "blocks1.kernel"}  # fmt: skip
+    with pytest.raises(SelectionError, match=r"matches none of the leaves"):
+        found("blocks[7].*")
+    assert set(chosen(sel.layers("[0][1]"), brackets)) == {"0.1.w"}
+
+
 def test_kinds_biases_and_norms(info):
     assert set(chosen(sel.module_type("conv", "norm"), info)) == {
         "Conv0.bias", "Conv0.kernel", "Norm0.bias", "Norm0.scale",

@@ -226,16 +226,16 @@ def test_wrong_options_raise():
 
 def test_what_a_fit_would_stumble_over_raises_before_training():
     quick = {"sgd_epochs": 10**9, "map_sigma": 1.0, "progress_bar": False}  # would never end
-    model = nb.PartialBNN(nb.FlaxMLP([3], 1), bayesian=nb.subspace(2))
+    model = nb.PartialBNN(nb.FlaxMLP([3], 1), bayesian=nb.subspace(2), num_backbones=1)
     with pytest.raises(OptionError, match="priors_sigma must be one number"):
         model.fit(X, Y, priors_sigma={"Dense0": 1.0}, **quick)
     config = {"method": "magnitude", "layer_names": ["Dense0"], "num_pairs_per_layer": 2}
     with pytest.raises(SelectionError, match="select_neurons_config"):
         model.fit(X, Y, select_neurons_config=config, **quick)
     with pytest.raises(SelectionError, match="13 weights"):
-        nb.PartialBNN(nb.FlaxMLP([3], 1), bayesian=nb.subspace(13)).fit(X, Y, **quick)
+        nb.PartialBNN(nb.FlaxMLP([3], 1), bayesian=nb.subspace(13), num_backbones=1).fit(X, Y, **quick)
     with pytest.raises(SelectionError, match="cannot be combined"):
-        nb.PartialBNN(nb.FlaxMLP([3], 1), bayesian=nb.subspace(2), num_probabilistic_layers=1)
+        nb.PartialBNN(nb.FlaxMLP([3], 1), bayesian=nb.subspace(2), num_probabilistic_layers=1, num_backbones=1)
     info = nb.DeterministicNN(nb.FlaxMLP([3], 1), input_shape=(2,)).network_info()
     with pytest.raises(SelectionError, match=r"pass it alone"):
         resolve(nb.subspace(2), info)
@@ -279,7 +279,9 @@ def test_fit_end_to_end(source):
     options = {"num_warmup": 60, "num_samples": 60, "sgd_epochs": 60, "map_sigma": 1.0, "progress_bar": False}
 
     def fit(seed):
-        return nb.PartialBNN(nb.FlaxMLP([3], 1), bayesian=nb.subspace(3, source)).fit(X, Y, seed=seed, **options)
+        return nb.PartialBNN(nb.FlaxMLP([3], 1), bayesian=nb.subspace(3, source), num_backbones=1).fit(
+            X, Y, seed=seed, **options
+        )
 
     model = fit(0)
     assert isinstance(model.partition, Subspace) and model.num_bayesian_weights == 3

@@ -40,6 +40,53 @@ class Group(Protocol):
         ...
 
 
+@dataclasses.dataclass
+class Chains:
+    """A ``Group``: what advances it, its state, and the part of the state that is finite while it is healthy.
+
+    ``advance(state, num_steps, sampling)`` is a compiled program; with ``waits`` no other group runs meanwhile.
+    """
+
+    advance: Callable[[Any, np.int32, bool], Any]
+    state: Any
+    density: Callable[[Any], Any]
+    waits: bool = False
+
+    def dispatch(self, num_steps: int, sampling: bool) -> Any:
+        started = self.advance(self.state, np.int32(num_steps), sampling)
+        return jax.block_until_ready(started) if self.waits else started
+
+    def is_healthy(self, state: Any) -> bool:
+        return bool(np.all(np.isfinite(np.asarray(self.density(state)))))
+
+
+def chains_by_program(num_chains: int) -> list[np.ndarray]:
+    """The numbers of the chains that run in one program.
+
+    All of them on an accelerator, as a batch. On a CPU each by itself: programs that are started together run on
+    all cores, and one chain's draws cannot depend on its neighbours.
+    """
+    chains = np.arange(num_chains)
+    return np.split(chains, num_chains) if jax.default_backend() == "cpu" else [chains]
+
+
+def from_all_processes(arrays: Any) -> Any:
+    """Arrays ``(chain, …)`` with the chains of all JAX processes, in the order of the processes."""
+    if jax.process_count() == 1:
+        return arrays
+    from jax.experimental.multihost_utils import process_allgather
+
+    counts = np.asarray(process_allgather(np.int32(len(jax.tree.leaves(arrays)[0])))).ravel()
+
+    def gather(array: np.ndarray) -> np.ndarray:
+        # Processes may differ in their numbers of chains, and what is gathered may not.
+        padded = np.pad(array, [(0, counts.max() - len(array))] + [(0, 0)] * (array.ndim - 1))
+        everything = np.asarray(process_allgather(padded))
+        return np.concatenate([part[:count] for part, count in zip(everything, counts, strict=True)])
+
+    return jax.tree.map(gather, arrays)
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """Draws ``(chain, draw, size)``, reports by name, and how the run ended."""

@@ -20,8 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .. import linearity
 from .._typing import Array, Key
 from ..log_density import Form, Terms
+from ._kronecker import Basis, decomposed, factors, require_layers
 
 OVERSAMPLING = 10
 NUM_POWER_STEPS = 4
@@ -38,11 +40,13 @@ _BATCH = 16
 class Spectrum(NamedTuple):
     """``G`` as ``vectors @ diag(values) @ vectors.T``; ``vectors`` None stands for the identity.
 
+    Of Kronecker products the vectors are a ``Basis``, which multiplies as an array does.
+
     ``by_noise`` (values, noises) says how much of each eigenvalue comes from the outputs of each noise.
     """
 
     values: np.ndarray
-    vectors: np.ndarray | None
+    vectors: np.ndarray | Basis | None
     by_noise: np.ndarray
 
 
@@ -54,7 +58,11 @@ def to_position(u: Any, noise: Any, terms: Terms) -> Array:
 def spectrum(
     form: Form, key: Key, u: np.ndarray, noise: np.ndarray, terms: Terms, structure: str, rank: int
 ) -> Spectrum:
-    """The curvature at a point: ``"full"``, ``"low_rank"`` (the leading eigenpairs) or ``"diagonal"``."""
+    """The curvature at a point: ``"full"``, ``"low_rank"`` (leading eigenpairs), ``"kronecker"`` or ``"diagonal"``."""
+    if structure == "kronecker":
+        pieces: Any = linearity.cut(form.hoisted, form.blocks, terms.carry) if form.blocks else None
+        by_noise, basis = decomposed(require_layers(pieces), _factors(form, pieces, u, noise, terms), terms.prior.std)
+        return Spectrum(by_noise.sum(axis=1), basis, by_noise)
     if structure == "diagonal":
         exact = form.num_theta <= MAX_EXACT_DIAGONAL
         compute: Any = _diagonal if exact else _probed_diagonal
@@ -70,6 +78,18 @@ def spectrum(
     else:
         by_noise = values[:, None]
     return Spectrum(values, vectors, by_noise)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _factors(form: Form, pieces: linearity.Pieces, u: Array, noise: Array, terms: Terms):
+    position = to_position(u, noise, terms)
+    row_weights = jnp.asarray(terms.row_weights)
+    if form.num_noise > 1:
+        scale = jnp.sqrt(row_weights)[None, :, None] / form.noise_std(position, terms.noise_prior)[:, None, None]
+        roots = (scale * jnp.eye(form.num_noise)[:, None, :])[..., None]
+    else:
+        roots = _root(form, position, terms)[None]
+    return factors(pieces, require_layers(pieces), position[: form.num_theta], terms.carry, roots, row_weights)
 
 
 def _root(form: Form, position: Array, terms: Terms) -> Array:
@@ -172,7 +192,7 @@ class GaussianApproximation:
     mode : (size,) its centre.
     prior_std : (weights,) the diagonal of ``S``.
     eigenvalues : (rank,) curvature of the data in units of the prior's.
-    eigenvectors : (weights, rank) the columns of ``V``; None for the identity.
+    eigenvectors : (weights, rank) the columns of ``V``, an array or a ``Basis``; None for the identity.
     noise_cov : (noises, noises) covariance of the unconstrained noise.
     noise_var : (noises,) mean noise variance.
     """
@@ -180,7 +200,7 @@ class GaussianApproximation:
     mode: np.ndarray
     prior_std: np.ndarray
     eigenvalues: np.ndarray
-    eigenvectors: np.ndarray | None
+    eigenvectors: np.ndarray | Basis | None
     noise_cov: np.ndarray
     noise_var: np.ndarray
 
@@ -212,10 +232,14 @@ class GaussianApproximation:
 
     def covariance(self) -> np.ndarray:
         """Dense covariance of the weights, ``(weights, weights)``."""
-        vectors = np.eye(len(self.prior_std)) if self.eigenvectors is None else self.eigenvectors
+        vectors = np.eye(len(self.prior_std)) if self.eigenvectors is None else _as_array(self.eigenvectors)
         shrink = self.eigenvalues / (1.0 + self.eigenvalues)
         inner = np.eye(len(self.prior_std)) - (vectors * shrink) @ vectors.T
         return self.prior_std[:, None] * inner * self.prior_std
+
+
+def _as_array(vectors: np.ndarray | Basis) -> np.ndarray:
+    return vectors.dense() if isinstance(vectors, Basis) else vectors
 
 
 def predictive_moments(gaussian: GaussianApproximation, hoisted: Any, carry: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -230,7 +254,7 @@ def predictive_moments(gaussian: GaussianApproximation, hoisted: Any, carry: Any
     """
     size = len(gaussian.prior_std)
     theta = np.asarray(gaussian.mode[:size], np.float32)
-    vectors = None if gaussian.eigenvectors is None else gaussian.eigenvectors.astype(np.float32)
+    vectors = None if gaussian.eigenvectors is None else _as_array(gaussian.eigenvectors).astype(np.float32)
     shrink = (gaussian.eigenvalues / (1.0 + gaussian.eigenvalues)).astype(np.float32)
     mean, variance = _moments(
         hoisted, gaussian.is_complete, theta, np.float32(gaussian.prior_std), vectors, shrink, carry

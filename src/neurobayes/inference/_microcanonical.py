@@ -112,18 +112,18 @@ def _first_state(kernel: Kernel, key, index, first: Start, jitter, terms) -> Cha
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def start_chains(kernel: Kernel, key, jitter, first: Start, terms) -> ChainState:
+def start_chains(kernel: Kernel, key, indices, jitter, first: Start, terms) -> ChainState:
     """The first state of every chain, untuned."""
 
     def one(chain):
         index, of_chain = chain
         return _first_state(kernel, key, index, of_chain, jitter, terms)
 
-    return map_chains(one, (jnp.arange(len(first.position)), first))
+    return map_chains(one, (indices, first))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def tuned_chains(kernel: Kernel, key, jitter, first: Start, terms) -> ChainState:
+def tuned_chains(kernel: Kernel, key, indices, jitter, first: Start, terms) -> ChainState:
     """Chains with step size, decoherence length and scales tuned, at the end of their tuning run.
 
     A run that came to nothing is repeated from where the chain is, with a
@@ -145,7 +145,7 @@ def tuned_chains(kernel: Kernel, key, jitter, first: Start, terms) -> ChainState
 
         return jax.lax.while_loop(lambda s: ~s.tuned & (s.attempts < MAX_ATTEMPTS), attempt, first)
 
-    return map_chains(one, (jnp.arange(len(first.position)), first))
+    return map_chains(one, (indices, first))
 
 
 def _is_tuned(kernel: Kernel, state: ChainState, first_step):

@@ -3,8 +3,7 @@
 Given all other random weights ``h`` and the noise, a Gaussian likelihood with
 weights ``w`` that enter the output linearly makes ``w`` Gaussian:
 
-    A = S^-1 + sum_ij r_i phi_ij phi_ij^T / noise_j^2,    m = argmax_w p(w, y | h, noise)
-    log p(y, h, noise) = log p(y, m, h, noise) + (k log 2 pi - log det A) / 2
+    p(y, h, noise) = p(h) p(noise) integral p(y | w, h, noise) p(w) dw    (``_marginal``)
 
 A sampler then moves in ``(h, noise)`` alone, where the posterior is better
 conditioned: output weights and features no longer trade scales against each
@@ -20,11 +19,18 @@ import numpy as np
 
 from .. import linearity
 from .._typing import Array, Key
-from ..likelihoods import LOG_2PI, Gaussian
+from ..errors import OptionError
+from ..likelihoods import Gaussian
 from ..log_density import Form, LogDensity, Terms
+from ..priors import gaussian_log_prob
+from . import _marginal as marginal
+from ._dense_head import DenseHead, dense_head
+from .base import RunControl
 
 MAX_COLLAPSED = 512
 """Largest number of weights integrated out: each gradient factorises a matrix of this size."""
+
+DRAWS_PER_CALL = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +43,7 @@ class CollapsedForm:
     form: Form
     linear: tuple[int, ...]
     pieces: linearity.Pieces
+    head: DenseHead | None
 
     @property
     def num_noise(self) -> int:
@@ -51,18 +58,16 @@ class CollapsedForm:
     @property
     def linear_indices(self) -> np.ndarray:
         """Where the integrated weights are in the full ``theta``."""
-        return self._indices(linear=True)
+        return np.flatnonzero(self._is_linear())
 
     @property
     def kept_indices(self) -> np.ndarray:
         """Where the entries of a position are in the full position."""
-        kept = self._indices(linear=False)
+        kept = np.flatnonzero(~self._is_linear())
         return np.concatenate([kept, np.arange(self.form.num_noise) + self.form.num_theta])
 
-    def _indices(self, *, linear: bool) -> np.ndarray:
-        starts = np.concatenate([[0], np.cumsum(self.form.blocks)])
-        chosen = [b for b in range(len(self.form.blocks)) if (b in self.linear) == linear]
-        return np.concatenate([np.arange(starts[b], starts[b + 1]) for b in chosen] or [np.zeros(0, int)]).astype(int)
+    def _is_linear(self) -> np.ndarray:
+        return np.repeat(np.isin(np.arange(len(self.form.blocks)), self.linear), self.form.blocks)
 
     def position_scale(self, terms: Terms) -> Array:
         """As for the full form, for the entries that stay."""
@@ -70,56 +75,73 @@ class CollapsedForm:
 
     def complete(self, position: Array, weights: Array) -> Array:
         """The full position out of a collapsed one and the integrated weights."""
-        full = jnp.zeros(self.form.num_theta + self.form.num_noise, position.dtype)
-        return full.at[self.kept_indices].set(position).at[self.linear_indices].set(weights)
-
-    def conditional(self, position: Array, terms: Terms) -> tuple[Array, Array]:
-        """Mean of the integrated weights in prior standard deviations from the prior mean, and its precision's factor.
-
-        Returns ``(mean (k,), lower Cholesky factor (k, k))``.
-        """
-        at = self.linear_indices
-        centre, std = jnp.asarray(terms.prior.mean)[at], jnp.asarray(terms.prior.std)[at]
-        full = self.complete(position, centre)
-        fixed = [full[start:stop] for start, stop in self.pieces.bounds]
-        local = np.full(self.form.num_theta, -1)
-        local[at] = np.arange(len(at))
-
-        def outputs_at(u):
-            weights = centre + std * u
-            slices = [
-                weights[local[start] : local[start] + stop - start] if owner in self.linear else value
-                for (start, stop), owner, value in zip(self.pieces.bounds, self.pieces.owners, fixed, strict=True)
-            ]
-            return self.pieces(slices, terms.carry)
-
-        outputs, pushed = jax.linearize(outputs_at, jnp.zeros(len(at)))
-        features = jax.vmap(pushed)(jnp.eye(len(at)))  # (k, rows, outputs)
-        noise_std = self.form.noise_std(self.complete(position, centre), terms.noise_prior)
-        weighted = features * terms.row_weights[:, None] / noise_std**2
-        precision = jnp.einsum("kij,lij->kl", weighted, features) + jnp.eye(len(at))
-        factor = jnp.linalg.cholesky(precision)
-        mean = jax.scipy.linalg.cho_solve((factor, True), jnp.einsum("kij,ij->k", weighted, terms.y - outputs))
-        return mean, factor
+        # Slices instead of scattered indices, which XLA would copy entry by entry.
+        parts, linear_at, kept_at = [], 0, 0
+        for block, size in enumerate(self.form.blocks):
+            if block in self.linear:
+                parts.append(weights[linear_at : linear_at + size])
+                linear_at += size
+            else:
+                parts.append(position[kept_at : kept_at + size])
+                kept_at += size
+        return jnp.concatenate([*parts, position[kept_at:]])
 
     def __call__(self, position: Array, terms: Terms) -> Array:
         """The log joint density of the position and the data."""
-        mean, factor = self.conditional(position, terms)
+        design, log_volume = self._design(position, terms)
         at = self.linear_indices
-        std = jnp.asarray(terms.prior.std)[at]
-        # At its maximum the joint density does not change with the weights to first order (envelope theorem).
-        weights = jax.lax.stop_gradient(jnp.asarray(terms.prior.mean)[at] + std * mean)
-        joint = self.form(self.complete(position, weights), terms)
-        log_volume = jnp.sum(jnp.log(std)) - jnp.sum(jnp.log(jnp.diagonal(factor)))
-        return joint + 0.5 * len(at) * LOG_2PI + log_volume
+        prior_mean, prior_std = jnp.asarray(terms.prior.mean), jnp.asarray(terms.prior.std)
+        full = self.complete(position, prior_mean[at])
+        # At its centre the integrated weights' prior is a constant.
+        log_prior = self.form.log_prior(full, terms) - gaussian_log_prob(prior_mean[at], prior_mean[at], prior_std[at])
+        return log_prior + marginal.log_marginal(design) + log_volume
 
     def draw(self, key: Key, position: Array, terms: Terms) -> Array:
         """The full position with an exact draw of the integrated weights."""
-        mean, factor = self.conditional(position, terms)
-        at = self.linear_indices
-        noise = jax.scipy.linalg.solve_triangular(factor.T, jax.random.normal(key, mean.shape), lower=False)
-        weights = jnp.asarray(terms.prior.mean)[at] + jnp.asarray(terms.prior.std)[at] * (mean + noise)
+        design, _ = self._design(position, terms)
+        drawn = marginal.draw(design, key)
+        weights = jnp.zeros(len(self.linear_indices), drawn.dtype).at[self._slots()].set(drawn)
         return self.complete(position, weights)
+
+    def _slots(self) -> np.ndarray:
+        """Where the weights ``(features, outputs)`` of the design are among those integrated."""
+        if self.head is None:
+            return np.arange(len(self.linear_indices))[:, None]
+        return np.searchsorted(self.linear_indices, self.head.slots)
+
+    def _design(self, position: Array, terms: Terms) -> tuple[marginal.Design, Array]:
+        """The regression on the features at ``position``, and what its log density lacks."""
+        at = self.linear_indices
+        prior_mean, prior_std = (jnp.asarray(part)[at][self._slots()] for part in terms.prior)
+        full = self.complete(position, jnp.zeros(len(at), position.dtype))
+        slices = [full[start:stop] for start, stop in self.pieces.bounds]
+        noise_std, row_weights = self.form.noise_std(full, terms.noise_prior), jnp.asarray(terms.row_weights)
+        if self.head is not None:
+            features, constant = self.head([slices[i] for i in self.head.kept], terms.carry, len(terms.y))
+            targets = (terms.y - constant).T
+            return marginal.Design(features, targets, noise_std, row_weights, prior_mean, prior_std), jnp.zeros(())
+        # Every weight may move every output: one regression on all of them, with noise of one.
+        outputs, features = self._linearised(slices, terms)
+        design = marginal.Design(
+            (features / noise_std).reshape(len(at), -1), ((terms.y - outputs) / noise_std).reshape(1, -1),
+            jnp.ones(1, outputs.dtype), jnp.repeat(row_weights, outputs.shape[1]), prior_mean, prior_std,
+        )  # fmt: skip
+        return design, -jnp.sum(row_weights) * jnp.sum(jnp.log(noise_std))
+
+    def _linearised(self, slices: list[Array], terms: Terms) -> tuple[Array, Array]:
+        """Outputs with the linear weights at zero, and their derivatives in these, ``(weights, rows, outputs)``."""
+        at = self.linear_indices
+        local = np.cumsum(self._is_linear()) - 1
+
+        def outputs_at(weights):
+            values = [
+                weights[local[start] : local[stop - 1] + 1] if owner in self.linear else value
+                for (start, stop), owner, value in zip(self.pieces.bounds, self.pieces.owners, slices, strict=True)
+            ]
+            return self.pieces(values, terms.carry)
+
+        outputs, pushed = jax.linearize(outputs_at, jnp.zeros(len(at), slices[0].dtype))
+        return outputs, jax.vmap(pushed)(jnp.eye(len(at), dtype=outputs.dtype))
 
 
 def collapsed_form(log_density: LogDensity) -> CollapsedForm | None:
@@ -134,15 +156,67 @@ def collapsed_form(log_density: LogDensity) -> CollapsedForm | None:
     size = sum(form.blocks[block] for block in linear)
     if not linear or len(linear) == len(form.blocks) or size > MAX_COLLAPSED:
         return None
-    return CollapsedForm(form, linear, pieces)
+    return CollapsedForm(form, linear, pieces, dense_head(pieces, linear))
+
+
+def is_cheap_to_collapse(log_density: LogDensity) -> bool:
+    """Whether there is a collapsed form whose features need no derivatives."""
+    form = collapsed_form(log_density)
+    return form is not None and form.head is not None
+
+
+def require_collapsed(log_density: LogDensity, engine: str) -> CollapsedForm:
+    """``collapsed_form``, or an error that says what it takes."""
+    form = collapsed_form(log_density)
+    if form is None:
+        raise OptionError(
+            "collapse=True needs Gaussian noise, an output layer among the Bayesian weights, and Bayesian weights "
+            f"before it. Use {engine}(collapse=False), or engine='last_layer' where only the output layer is Bayesian."
+        )
+    return form
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """Makes full positions of a run's collapsed ones; that of a draw depends on the key, chain and number alone."""
+
+    form: CollapsedForm
+    key: Key
+    terms: Terms
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """Full positions ``(chain, draw, size)`` for collapsed ones."""
+        num_chains, num_draws, _ = positions.shape
+        missing = -num_draws % DRAWS_PER_CALL  # one compiled program serves every number of draws
+        padded = np.pad(positions, ((0, 0), (0, missing), (0, 0)), mode="edge")
+        firsts = range(0, num_draws, DRAWS_PER_CALL)
+        calls = [
+            [
+                _complete_draws(
+                    self.form, self.key, (chain, first), of_chain[first : first + DRAWS_PER_CALL], self.terms
+                )
+                for first in firsts
+            ]
+            for chain, of_chain in enumerate(padded)
+        ]  # started together, on all cores
+        parts = [np.concatenate([np.asarray(part) for part in of_chain]) for of_chain in calls]
+        return np.stack(parts)[:, :num_draws].reshape(num_chains, num_draws, -1)
+
+    def judging(self, control: RunControl) -> RunControl:
+        """``control`` whose stopping rule sees full positions."""
+        if control.is_enough is None:
+            return control
+        is_enough = control.is_enough
+        return dataclasses.replace(control, is_enough=lambda positions: is_enough(self(positions)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def complete_draws(form: CollapsedForm, key: Key, positions: Array, terms: Terms) -> Array:
-    """Full positions ``(draws, size)`` for collapsed ones; draw i depends on the key and i alone."""
+def _complete_draws(form: CollapsedForm, key: Key, first: tuple[int, int], positions: Array, terms: Terms) -> Array:
+    chain, draw = first
+    key_chain = jax.random.fold_in(key, chain)
 
     def one(indexed):
         index, position = indexed
-        return form.draw(jax.random.fold_in(key, index), position, terms)
+        return form.draw(jax.random.fold_in(key_chain, index), position, terms)
 
-    return jax.lax.map(one, (jnp.arange(len(positions)), positions))
+    return jax.lax.map(one, (draw + jnp.arange(len(positions)), positions))

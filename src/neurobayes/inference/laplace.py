@@ -36,7 +36,7 @@ MAX_FULL = 1024
 """Most random weights for which ``structure="auto"`` takes the full matrix."""
 
 MAX_LOW_RANK = 50_000
-STRUCTURES = ("auto", "full", "low_rank", "diagonal")
+STRUCTURES = ("auto", "full", "low_rank", "kronecker", "diagonal")
 
 MAX_ROUNDS = 8
 GRADIENT_TOLERANCE = 1e-4
@@ -61,6 +61,7 @@ class Laplace(Engine):
     Parameters
     ----------
     structure : ``"full"``; ``"low_rank"``, the leading curvature and the prior elsewhere, never too narrow;
+        ``"kronecker"``, for dense layers, each independent of the others and with factored curvature;
         ``"diagonal"``; or ``"auto"``: full up to 1,024 random weights, low rank up to 50,000, else diagonal.
     rank : number of leading directions of ``"low_rank"``.
     prior_scale : factor on the prior standard deviations of all random weights, or ``"marginal_likelihood"``:

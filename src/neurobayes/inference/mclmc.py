@@ -26,7 +26,7 @@ from ..errors import OptionError, TrainingError
 from ..log_density import LogDensity
 from ..posterior import Posterior
 from . import _blackjax
-from ._driver import CHUNK, advance, map_chains
+from ._driver import CHUNK, Chains, advance, chains_by_program, map_chains
 from ._microcanonical import (
     MAX_ATTEMPTS,
     MIN_TUNING_STEPS,
@@ -39,7 +39,7 @@ from ._microcanonical import (
     tuned_chains,
 )
 from .base import Engine, RunControl
-from .collapse import CollapsedForm, collapsed_form, complete_draws
+from .collapse import Completion, require_collapsed
 from .curvature import inverse_mass
 
 _GRADIENTS_PER_STEP = 2  # McLachlan's integrator
@@ -101,34 +101,38 @@ class MCLMC(Engine):
         mass = np.ones_like(start)
         if self.initial_mass == "curvature":
             mass = np.asarray(inverse_mass(log_density.form, key_mass, start, terms, False))
-        collapsed = _collapsed(log_density) if self.collapse else None
-        if collapsed is not None:
-            form, start, mass = collapsed, start[collapsed.kept_indices], mass[collapsed.kept_indices]
-            control = _judging_full_draws(control, collapsed, key_draw, terms)
+        completion = None
+        if self.collapse:
+            form = require_collapsed(log_density, "MCLMC")
+            start, mass = start[form.kept_indices], mass[form.kept_indices]
+            completion = Completion(form, key_draw, terms)
+            control = completion.judging(control)
         if len(start) < 2:
             raise OptionError("engine='mclmc' needs at least two random scalars, and there is one. Use engine='nuts'.")
         kernel = Kernel(
             form, self.adjusted, max(MIN_TUNING_STEPS, num_warmup * self._transitions), self._transitions,
             self.desired_energy_var, self.target_accept, self.trajectory_steps, self.diagonal_preconditioning,
         )  # fmt: skip
+        step = functools.partial(_advance, kernel, terms)
         states = self._states(kernel, key_chains, start, mass, terms, num_chains, control)
-        group = _Group(kernel, states, terms)
-        outcome = advance([group], num_warmup if control.warm_start else 0, num_samples, control)
+        groups = [Chains(step, state, lambda state: state.inner.logdensity) for state in states]
+        outcome = advance(groups, num_warmup if control.warm_start else 0, num_samples, control)
+        last = jax.tree.map(lambda *parts: np.concatenate(parts), *(group.state._replace(key=()) for group in groups))
         adaptation = {
-            "position": np.asarray(group.state.inner.position) * np.asarray(group.state.scale),
-            **{name: np.asarray(getattr(group.state, name)) for name in ("L", "step_size", "inverse_mass", "scale")},
+            "position": last.inner.position * last.scale,
+            **{name: getattr(last, name) for name in ("L", "step_size", "inverse_mass", "scale")},
         }
         info = {
             "engine": "mclmc",
             "adjusted": self.adjusted,
-            "collapsed": collapsed is not None,
+            "collapsed": self.collapse,
             "num_warmup": num_warmup,
             "L": adaptation["L"].tolist(),
             "step_size": adaptation["step_size"].tolist(),
-            "tuning_attempts": np.asarray(group.state.attempts).tolist(),
+            "tuning_attempts": last.attempts.tolist(),
             "ended_by": outcome.ended_by,
         }
-        draws = outcome.draws if collapsed is None else _completed(collapsed, key_draw, outcome.draws, terms)
+        draws = outcome.draws if completion is None else completion(outcome.draws)
         info["seconds"] = time.perf_counter() - started
         return Posterior(draws, outcome.stats, info, adaptation)
 
@@ -137,59 +141,32 @@ class MCLMC(Engine):
         """Kernel calls per stored draw; an adjusted one is a whole trajectory."""
         return max(1, round(self.thinning / self.trajectory_steps)) if self.adjusted else self.thinning
 
-    def _states(self, kernel: Kernel, key, start, mass, terms, num_chains: int, control: RunControl) -> ChainState:
+    def _states(
+        self, kernel: Kernel, key, start, mass, terms, num_chains: int, control: RunControl
+    ) -> list[ChainState]:
         """Tuned chains; those of an earlier run as they were; or a frame for what a checkpoint holds."""
+        parts = [part.astype(np.int32) for part in chains_by_program(num_chains)]
         if control.warm_start:
-            return start_chains(
-                kernel, key, np.float32(0), _warm_start(control.warm_start, num_chains, len(start)), terms
-            )
-        positions, scales = np.tile(start, (num_chains, 1)), np.tile(np.sqrt(mass), (num_chains, 1))
-        steps = np.full(num_chains, 0.25 * math.sqrt(len(start)), np.float32)
-        first = Start(positions, scales, np.ones_like(scales), steps, 4 * steps)
-        arguments = (kernel, key, np.float32(self.jitter), first, terms)
-        if control.checkpoint is not None and control.checkpoint.load() is not None:
-            return start_chains(*arguments)
-        states = tuned_chains(*arguments)
-        _require_tuned(states, kernel)
+            first, jitter = _warm_start(control.warm_start, num_chains, len(start)), np.float32(0)
+        else:
+            positions, scales = np.tile(start, (num_chains, 1)), np.tile(np.sqrt(mass), (num_chains, 1))
+            steps = np.full(num_chains, 0.25 * math.sqrt(len(start)), np.float32)
+            first, jitter = Start(positions, scales, np.ones_like(scales), steps, 4 * steps), np.float32(self.jitter)
+        is_tuned = control.warm_start or (control.checkpoint is not None and control.checkpoint.load() is not None)
+        make: Any = start_chains if is_tuned else tuned_chains
+        states = jax.block_until_ready(
+            [make(kernel, key, part, jitter, Start(*(values[part] for values in first)), terms) for part in parts]
+        )
+        if not is_tuned:
+            _require_tuned(np.concatenate([np.asarray(state.tuned) for state in states]), kernel)
         return states
 
 
-class _Group:
-    """Chains that advance together."""
-
-    def __init__(self, kernel: Kernel, state: ChainState, terms: Any):
-        self.kernel, self.state, self.terms = kernel, state, terms
-
-    def dispatch(self, num_steps: int, sampling: bool) -> Any:
-        return _run_chunk(self.kernel, self.state, self.terms, np.int32(num_steps))
-
-    def is_healthy(self, state: ChainState) -> bool:
-        return bool(np.all(np.isfinite(np.asarray(state.inner.logdensity))))
+def _advance(kernel: Kernel, terms: Any, state: ChainState, num_steps: np.int32, sampling: bool) -> Any:
+    return _run_chunk(kernel, state, terms, num_steps)
 
 
 _split = jax.jit(lambda key: jax.random.split(key, 3))
-
-
-def _collapsed(log_density: LogDensity) -> CollapsedForm:
-    form = collapsed_form(log_density)
-    if form is None:
-        raise OptionError(
-            "collapse=True needs Gaussian noise, an output layer among the Bayesian weights, and Bayesian weights "
-            "before it. Use MCLMC(collapse=False), or engine='last_layer' where only the output layer is Bayesian."
-        )
-    return form
-
-
-def _completed(form: CollapsedForm, key, positions: np.ndarray, terms) -> np.ndarray:
-    flat = complete_draws(form, key, positions.reshape(-1, positions.shape[-1]), terms)
-    return np.asarray(flat).reshape(*positions.shape[:2], -1)
-
-
-def _judging_full_draws(control: RunControl, form: CollapsedForm, key, terms) -> RunControl:
-    if control.is_enough is None:
-        return control
-    is_enough = control.is_enough
-    return dataclasses.replace(control, is_enough=lambda x: is_enough(_completed(form, key, x, terms)))
 
 
 def _warm_start(adaptation: dict[str, Any], num_chains: int, size: int) -> Start:
@@ -203,8 +180,8 @@ def _warm_start(adaptation: dict[str, Any], num_chains: int, size: int) -> Start
     return Start(*(adaptation[name][chains] for name in Start._fields))
 
 
-def _require_tuned(states: ChainState, kernel: Kernel) -> None:
-    failed = np.flatnonzero(~np.asarray(states.tuned))
+def _require_tuned(tuned: np.ndarray, kernel: Kernel) -> None:
+    failed = np.flatnonzero(~tuned)
     if len(failed):
         raise TrainingError(
             f"the step size of MCLMC collapsed or became non-finite in {MAX_ATTEMPTS} tuning runs of "

@@ -19,8 +19,9 @@ from .._typing import Key
 from ..errors import OptionError
 from ..log_density import Form, LogDensity
 from ..posterior import Posterior
-from ._driver import CHUNK, advance, map_chains
+from ._driver import CHUNK, Chains, advance, chains_by_program, from_all_processes, map_chains
 from .base import Engine, RunControl
+from .collapse import CollapsedForm, Completion, require_collapsed
 from .curvature import inverse_mass
 
 DENSE_MASS_LIMIT = 100
@@ -44,8 +45,10 @@ class NUTS(Engine):
     dense_mass : full (True), diagonal (False) mass matrix, or ``"auto"``: full up to 100 dimensions.
     initial_mass : where the mass matrix starts: ``"curvature"``, the Fisher information at the trained
         weights, or ``"identity"``.
-    chain_method : ``"vectorized"`` (all chains in one program), ``"parallel"`` (chains spread over the devices)
-        or ``"sequential"``. On CPUs the draws are the same in each.
+    collapse : integrate a linear output layer with Gaussian noise out analytically and draw it exactly.
+    chain_method : ``"vectorized"`` (chains in one program on an accelerator, on all cores of a CPU), ``"parallel"``
+        (chains spread over the devices, those of other JAX processes too) or ``"sequential"``. On CPUs the draws
+        are the same in each.
     jitter : chains start at the trained weights plus this many prior standard deviations of noise.
     """
 
@@ -53,6 +56,7 @@ class NUTS(Engine):
     max_tree_depth: int = 10
     dense_mass: bool | str = "auto"
     initial_mass: str = "curvature"
+    collapse: bool = False
     chain_method: str = "vectorized"
     jitter: float = 0.05
 
@@ -62,6 +66,8 @@ class NUTS(Engine):
         _checks.check_one_of("chain_method", self.chain_method, CHAIN_METHODS)
         _checks.check_one_of("initial_mass", self.initial_mass, ("curvature", "identity"))
         _checks.check_positive("jitter", self.jitter, allow_zero=True)
+        if not isinstance(self.collapse, bool):
+            raise OptionError(f"collapse must be True or False, got {self.collapse!r}.")
         if self.dense_mass not in (True, False, "auto"):
             raise OptionError(f"dense_mass must be True, False or 'auto', got {self.dense_mass!r}.")
 
@@ -77,62 +83,86 @@ class NUTS(Engine):
         control: RunControl = RunControl(),  # noqa: B008 - frozen
     ) -> Posterior:
         started = time.perf_counter()
-        dense = log_density.size <= DENSE_MASS_LIMIT if self.dense_mass == "auto" else bool(self.dense_mass)
+        form, terms, start = log_density.form, log_density.terms, np.asarray(start, np.float32)
+        collapsed = require_collapsed(log_density, "NUTS") if self.collapse else None
+        completion = None if collapsed is None else Completion(collapsed, jax.random.fold_in(key, 2), terms)
+        kept = np.arange(len(start)) if collapsed is None else collapsed.kept_indices
+        dense = len(kept) <= DENSE_MASS_LIMIT if self.dense_mass == "auto" else bool(self.dense_mass)
         adapt_mass = control.warm_start is None or num_warmup >= SHORTEST_MASS_WARMUP
-        kernel = Kernel(log_density.form, num_warmup, self.target_accept, self.max_tree_depth, dense, adapt_mass)
-        groups = self._groups(kernel, key, np.asarray(start, np.float32), log_density.terms, num_chains, control)
-        outcome = advance(groups, num_warmup, num_samples, control)
+        kernel = Kernel(collapsed or form, num_warmup, self.target_accept, self.max_tree_depth, dense, adapt_mass)
+        key_mass, key_chains = _split(key)
+        if control.warm_start:
+            first = _warm_start(control.warm_start, num_chains, len(kept), dense)
+        else:
+            first = self._first(form, key_mass, start, kept, terms, dense, num_chains)
+        jitter = np.float32(0.0 if control.warm_start else self.jitter)
+        groups = self._groups(kernel, key_chains, jitter, first, terms, control)
+        judged = control if completion is None else completion.judging(control)
+        outcome = advance(groups, num_warmup, num_samples, judged)
         adapted = [group.state.adapt_state for group in groups]
         adaptation = {
             "position": np.concatenate([np.asarray(group.state.z) for group in groups]),
             "step_size": np.concatenate([np.asarray(a.step_size) for a in adapted]),
             "inverse_mass": np.concatenate([np.asarray(a.inverse_mass_matrix) for a in adapted]),
         }
+        made, stats = outcome.draws, outcome.stats
+        if self.chain_method == "parallel" and num_chains > 1:
+            made, stats, adaptation = from_all_processes((made, stats, adaptation))
+        draws = made if completion is None else completion(made)
         info = {
             "engine": "nuts",
             "dense_mass": dense,
+            "collapsed": collapsed is not None,
             "max_tree_depth": self.max_tree_depth,
             "num_warmup": num_warmup,
             "step_size": adaptation["step_size"].tolist(),
             "ended_by": outcome.ended_by,
             "seconds": time.perf_counter() - started,
         }
-        return Posterior(outcome.draws, outcome.stats, info, adaptation)
+        return Posterior(draws, stats, info, adaptation)
 
-    def _groups(self, kernel, key, start, terms, num_chains: int, control: RunControl) -> list["_Group"]:
-        """Chains as they run together: all in one program, or one by one, on one device or several."""
-        key_mass, key_chains = _split(key)
-        if control.warm_start:
-            positions, mass, step = _warm_start(control.warm_start, num_chains, len(start), kernel.dense_mass)
+    def _first(self, form, key, start, kept, terms, dense: bool, num_chains: int) -> tuple[np.ndarray, ...]:
+        """Positions, mass matrices and step sizes of all chains."""
+        if self.initial_mass == "identity":
+            mass = np.eye(len(kept), dtype=np.float32) if dense else np.ones(len(kept), np.float32)
         else:
-            mass = _initial_mass(kernel, key_mass, start, terms, self.initial_mass)
-            positions, step = np.tile(start, (num_chains, 1)), np.full(num_chains, 0.1, np.float32)
-            mass = np.tile(mass, (num_chains, *[1] * np.ndim(mass)))
-        jitter = np.float32(0.0 if control.warm_start else self.jitter)
-        states = _start_chains(kernel, key_chains, positions, jitter, step, mass, terms)
-        if self.chain_method == "vectorized" or num_chains == 1:
-            return [_Group(kernel, states, terms)]
+            mass = np.asarray(inverse_mass(form, key, start, terms, dense))
+            mass = mass[np.ix_(kept, kept)] if dense else mass[kept]
+        positions, steps = np.tile(start[kept], (num_chains, 1)), np.full(num_chains, 0.1, np.float32)
+        return positions, np.tile(mass, (num_chains, *[1] * mass.ndim)), steps
+
+    def _groups(
+        self, kernel: "Kernel", key, jitter, first: tuple[np.ndarray, ...], terms, control: RunControl
+    ) -> list[Chains]:
+        """Chains as they run together: in programs of their own or in one, on one device or several."""
+        num_chains = len(first[0])
+        parts, devices = chains_by_program(num_chains), [None] * num_chains
         if self.chain_method == "sequential":
-            return [_Group(kernel, _chains(states, c, c + 1), terms) for c in range(num_chains)]
-        devices = tuple(jax.local_devices()[:num_chains])
-        if len(devices) < 2:
-            raise OptionError(
-                f"chain_method='parallel' needs more than one device, and JAX sees {len(devices)}. Use "
-                "chain_method='vectorized', or call jax.config.update('jax_num_cpu_devices', N) before JAX is used."
+            parts = np.split(np.arange(num_chains), num_chains)
+        elif self.chain_method == "parallel" and num_chains > 1:
+            devices = jax.devices()[:num_chains]
+            _require_devices(len(devices), control)
+            # One program per device and not one shard_map over all: compiled for several devices, the same
+            # operations round differently, and the draws would depend on the layout.
+            parts = np.array_split(np.arange(num_chains), len(devices))
+        groups = []
+        for part, device in zip(parts, devices, strict=False):
+            if device is not None and device.process_index != jax.process_index():
+                continue
+            state = _start_chains(
+                kernel, key, part.astype(np.int32), jitter, *(values[part] for values in first), terms
             )
-        # One program per device and not one shard_map over all: compiled for several devices, the same operations
-        # round differently, and the draws would depend on the layout.
-        ends = [round(num_chains * (i + 1) / len(devices)) for i in range(len(devices))]
-        shares = zip([0, *ends], ends, devices, strict=False)
-        placed = [jax.device_put((_chains(states, first, end), terms), device) for first, end, device in shares]
-        return [_Group(kernel, state, moved) for state, moved in placed]
+            state, moved = (state, terms) if device is None else jax.device_put((state, terms), device)
+            step = functools.partial(_advance, kernel, moved)
+            groups.append(Chains(step, state, lambda state: state.potential_energy, self.chain_method == "sequential"))
+        return groups
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """The static part of a run: equal kernels share compiled programs."""
 
-    form: Form
+    form: Form | CollapsedForm
     num_warmup: int
     target_accept: float
     max_tree_depth: int
@@ -140,31 +170,32 @@ class Kernel:
     adapt_mass: bool = True
 
 
-class _Group:
-    """Chains that advance together on one device."""
+def _require_devices(num_devices: int, control: RunControl) -> None:
+    """Raise where chains cannot be spread over devices, or a rule of one process would end the run of all."""
+    if num_devices < 2:
+        raise OptionError(
+            f"chain_method='parallel' needs more than one device, and JAX sees {num_devices}. Use "
+            "chain_method='vectorized', which uses all cores of a CPU, or call "
+            "jax.config.update('jax_num_cpu_devices', N) before JAX is used."
+        )
+    if jax.process_count() == 1:
+        return
+    if num_devices < len(jax.devices()):
+        raise OptionError(
+            f"num_chains must be at least the number of devices of all processes, {len(jax.devices())}, so that every "
+            "process has a chain."
+        )
+    if control.seconds is not None or control.is_enough is not None or control.checkpoint is not None:
+        raise OptionError(
+            "until, seconds and checkpoint_dir need all chains in one process. Leave them out, or use one process."
+        )
 
-    def __init__(self, kernel: Kernel, state: Any, terms: Any):
-        self.kernel, self.state, self.terms = kernel, state, terms
 
-    def dispatch(self, num_steps: int, sampling: bool) -> Any:
-        return _run_chunk(self.kernel, self.state, self.terms, np.int32(num_steps))
-
-    def is_healthy(self, state: Any) -> bool:
-        return bool(np.all(np.isfinite(np.asarray(state.potential_energy))))
+def _advance(kernel: Kernel, terms: Any, state: Any, num_steps: np.int32, sampling: bool) -> Any:
+    return _run_chunk(kernel, state, terms, num_steps)
 
 
 _split = jax.jit(jax.random.split)
-
-
-def _chains(states: Any, first: int, end: int) -> Any:
-    return jax.tree.map(lambda leaf: leaf[first:end], states)
-
-
-def _initial_mass(kernel: Kernel, key: Key, start: np.ndarray, terms: Any, choice: str) -> np.ndarray:
-    size = len(start)
-    if choice == "identity":
-        return np.eye(size, dtype=np.float32) if kernel.dense_mass else np.ones(size, np.float32)
-    return np.asarray(inverse_mass(kernel.form, key, start, terms, kernel.dense_mass))
 
 
 def _warm_start(adaptation: dict[str, Any], num_chains: int, size: int, dense: bool):
@@ -206,7 +237,7 @@ def _init(kernel: Kernel, key, position, step_size, mass, terms):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _start_chains(kernel: Kernel, key, positions, jitter, step_sizes, masses, terms):
+def _start_chains(kernel: Kernel, key, indices, jitter, positions, masses, step_sizes, terms):
     """The first state of every chain; chain c depends on the seed and c alone."""
 
     def one(chain):
@@ -215,7 +246,7 @@ def _start_chains(kernel: Kernel, key, positions, jitter, step_sizes, masses, te
         position = position + jitter * kernel.form.position_scale(terms) * jax.random.normal(key_jitter, position.shape)
         return _init(kernel, key_run, position, step_size, mass, terms)
 
-    return map_chains(one, (jnp.arange(len(positions)), positions, step_sizes, masses))
+    return map_chains(one, (indices, positions, step_sizes, masses))
 
 
 @functools.partial(jax.jit, static_argnums=0)

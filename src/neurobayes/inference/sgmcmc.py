@@ -31,7 +31,7 @@ from ..log_density import Form, LogDensity
 from ..posterior import Posterior
 from . import _blackjax
 from ._batches import Batches, Data, make_batches
-from ._driver import CHUNK, advance, map_chains
+from ._driver import CHUNK, Chains, advance, chains_by_program, map_chains
 from .base import Engine, RunControl
 from .curvature import NUM_PROBES, inverse_mass, simulated_scores
 
@@ -115,17 +115,21 @@ class SGMCMC(Engine):
             positions, scale = _warm_start(control.warm_start, num_chains, len(start))
             jitter = np.float32(0)
         step_size = self._step_size(float(curvature), batches.size, int(real.sum()))
-        states = _start_chains(kernel, key_chains, positions, jitter, scale, np.float32(step_size), terms)
-        group = _Group(kernel, states, data)
-        outcome = advance([group], num_warmup, num_samples, control)
-        state = group.state
-        adaptation = {"position": np.asarray(state.scaled) * np.asarray(state.scale), "scale": np.asarray(state.scale)}
+        step, groups = functools.partial(_advance, kernel, data), []
+        for part in chains_by_program(num_chains):
+            indices, step_size = part.astype(np.int32), np.float32(step_size)
+            state = _start_chains(kernel, key_chains, indices, positions[part], jitter, scale, step_size, terms)
+            groups.append(Chains(step, state, lambda state: np.where(state.finite, 0.0, np.nan)))
+        outcome = advance(groups, num_warmup, num_samples, control)
+        scale = np.concatenate([np.asarray(group.state.scale) for group in groups])
+        scaled = np.concatenate([np.asarray(group.state.scaled) for group in groups])
+        adaptation = {"position": scaled * scale, "scale": scale}
         info = {
             "engine": "sgmcmc",
             "method": self.method,
             "schedule": self.schedule,
             "batch_size": batches.size,
-            "step_size": step_size,
+            "step_size": float(step_size),
             "temperature": self.temperature,
             "num_warmup": num_warmup,
             "ended_by": outcome.ended_by,
@@ -180,17 +184,8 @@ class ChainState(NamedTuple):
     finite: Any
 
 
-class _Group:
-    """Chains that advance together."""
-
-    def __init__(self, kernel: Kernel, state: ChainState, data: Data):
-        self.kernel, self.state, self.data = kernel, state, data
-
-    def dispatch(self, num_steps: int, sampling: bool) -> Any:
-        return _run_chunk(self.kernel, self.state, self.data, np.int32(num_steps), np.bool_(sampling))
-
-    def is_healthy(self, state: ChainState) -> bool:
-        return bool(np.all(np.asarray(state.finite)))
+def _advance(kernel: Kernel, data: Data, state: ChainState, num_steps: np.int32, sampling: bool) -> Any:
+    return _run_chunk(kernel, state, data, num_steps, np.bool_(sampling))
 
 
 _split = jax.jit(jax.random.split)
@@ -215,7 +210,7 @@ def _warm_start(adaptation: dict[str, Any], num_chains: int, size: int):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _start_chains(kernel: Kernel, key, positions, jitter, scale, step_size, terms) -> ChainState:
+def _start_chains(kernel: Kernel, key, indices, positions, jitter, scale, step_size, terms) -> ChainState:
     """The first state of every chain; chain c depends on the seed and c alone."""
 
     def one(chain):
@@ -226,7 +221,7 @@ def _start_chains(kernel: Kernel, key, positions, jitter, scale, step_size, term
         momentum = jax.random.normal(key_momentum, position.shape)
         return ChainState(position / scale, momentum, key_run, jnp.int32(0), scale, step_size, jnp.bool_(True))
 
-    return map_chains(one, (jnp.arange(len(positions)), positions))
+    return map_chains(one, (indices, positions))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -119,7 +119,14 @@ def network_info(
             return None if from_data is None else trees.flatten(from_data(name))
         return None if statistics is None else trees.flatten(_training_score(statistics, name))
 
-    return NetworkInfo(network.layers(example), trees.shapes(params_or_shapes), params, scores)
+    layers = _layers(network, tuple(example.shape), np.dtype(example.dtype))
+    return NetworkInfo(layers, trees.shapes(params_or_shapes), params, scores)
+
+
+@functools.lru_cache(maxsize=64)
+def _layers(network: Network, shape: tuple[int, ...], dtype: np.dtype):
+    example: Any = jax.ShapeDtypeStruct(shape, dtype)
+    return network.layers(example)
 
 
 def _training_score(statistics: Any, name: str) -> Params:

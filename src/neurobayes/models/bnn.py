@@ -11,7 +11,8 @@ class BNN(PartialBNN):
 
     Same as ``PartialBNN(network, bayesian=nb.everything(), prior_mean="zero")``: the
     prior is centred at zero, so that the trained weights are only where the
-    sampler starts and the data are used once.
+    sampler starts and the data are used once. Nothing is left deterministic, so
+    one backbone is all there is.
 
     Parameters
     ----------
@@ -37,4 +38,5 @@ class BNN(PartialBNN):
             noise_prior=noise_prior,
             prior_mean=prior_mean,
             standardize=standardize,
+            num_backbones=1,
         )

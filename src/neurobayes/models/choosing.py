@@ -107,11 +107,12 @@ def _data_score(name: str, trained: Trained, priors_sigma: Any) -> Params:
 
 def _scores_asked_for(choice: selectors.Selector | None, info: NetworkInfo, template: Params) -> set[str]:
     asked: set[str] = set()
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), template)
+    # Broadcast, so that the stand-ins for all weights take no memory.
+    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0.0), leaf.shape), template)
 
     def record(name: str) -> Mapping[str, Any]:
         asked.add(name)
-        return {path: np.zeros(shape) for path, shape in info.shapes.items()}
+        return {path: np.broadcast_to(0.0, shape) for path, shape in info.shapes.items()}
 
     if choice is not None:
         selectors.resolve(choice, dataclasses.replace(info, params=zeros, scores=record))

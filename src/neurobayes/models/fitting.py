@@ -16,44 +16,71 @@ from typing import Any
 import jax
 import numpy as np
 
-from .. import _checks, log_density, predictive, priors, row_blocks, selection, selectors
-from .._typing import Key, Params, State
+from .. import _checks, log_density, priors, row_blocks, selection, selectors, trees
+from .._typing import Key, Params
+from ..backbones import Backbones
 from ..checkpoint import Checkpoint
 from ..data import Scaling
-from ..diagnostics import Diagnostics
-from ..errors import MemoryBudgetWarning, OptionError, UnitsWarning
+from ..diagnostics import Diagnostics, combine
+from ..errors import MemoryBudgetWarning, OptionError
+from ..inference.base import Engine
+from ..inference.empirical_prior import learn_scales
 from ..likelihoods import Categorical, Gaussian, Likelihood
+from ..mixture import Mixture, member_moments, member_probabilities
 from ..networks.base import Network
-from ..posterior import Posterior
+from ..out_of_fold import OutOfFold, calibrate_temperature, calibrate_variance
+from ..posterior import Posterior, joined
 from ..predictive import Source
-from ..pretraining import Pretrained, PretrainingOptions, pretrain
+from ..pretraining import Pretrained, PretrainingOptions
 from ..schedules import AveragingConfig, LearningRate
 from ..subspaces import RandomPart
-from . import resuming
+from . import deterministic_stage, resuming
 from .base import Prepared, TrainedParams, network_info, prepare
 from .choosing import Trained, check, choose
 from .deterministic import DeterministicNN
+from .deterministic_stage import Stage, target_scale
 from .progress import Report
 from .sampling import Sampling, judge, on_host, sample, stopping_rule, with_draws
 
-MIN_NOISE_START = 1e-3
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One backbone with the draws of its Bayesian part."""
+
+    source: Source
+    posterior: Posterior
+    diagnostics: Diagnostics
 
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
     """Everything a fit leaves behind."""
 
-    source: Source
-    posterior: Posterior
+    members: tuple[Member, ...]
+    parts: np.ndarray
+    ensemble: Backbones | None
+    out_of_fold: OutOfFold | None
+    pretrained: Pretrained | None
     scaling: Scaling
     row_shape: tuple[int, ...]
     target_ndim: int
-    pretrained: Pretrained | None
     diagnostics: Diagnostics
     seconds: dict[str, float]
     capacity: int
     num_rows: int
     columns: tuple[str, ...] | None
+    seed: int
+
+    @property
+    def mixture(self) -> Mixture:
+        """The backbones as one distribution, without any calibration."""
+        weights = np.ones(1) if self.out_of_fold is None else self.out_of_fold.weights
+        return Mixture(tuple(member.source for member in self.members), self.parts, weights)
+
+    @functools.cached_property
+    def posterior(self) -> Posterior:
+        """The draws of all backbones, the chains of one after those of another."""
+        return joined([member.posterior for member in self.members])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +96,13 @@ class Plan:
     statistics: Any
     needs_statistics: bool
     noise_prior: Any
+    noise_is_default: bool
     prior_mean: str
     priors_sigma: float | Mapping[str, float]
+    learns_prior: bool
     template: Params
+    num_backbones: int
+    exact: bool
     warm: Fitted | None = None
 
 
@@ -105,6 +136,8 @@ def make_plan(
     noise_prior: Any,
     prior_mean: str,
     priors_sigma: Any,
+    num_backbones: int | str = 1,
+    engine: Engine | None = None,
     previous: Fitted | None = None,
     warm: bool = False,
 ) -> Plan:
@@ -122,7 +155,7 @@ def make_plan(
         prepared = prepare(
             network, X, y, num_classes=num_classes, standardize=True, scaling=previous.scaling, earlier=earlier
         )
-        given = previous.source.params
+        given = previous.members[0].source.params
     else:
         prepared = _prepare(network, X, y, num_classes, standardize, given, earlier)
     example = jax.ShapeDtypeStruct((1, *prepared.rows.x.shape[1:]), prepared.rows.x.dtype)
@@ -130,9 +163,14 @@ def make_plan(
     template, _ = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), example)
     weights = None if given is None else _checks.check_weights_structure(given, template)
     statistics = getattr(given, "statistics", None)
-    priors.prior_std_tree(template, priors_sigma)
+    learns_prior = isinstance(priors_sigma, str)
+    if learns_prior:
+        _checks.check_one_of("priors_sigma", priors_sigma, ("auto",))
+        priors_sigma = 1.0
+    priors.prior_std_by_leaf(list(trees.shapes(template)), priors_sigma)
+    noise_is_default = noise_prior is None
     if num_classes is None:
-        noise_prior = priors.default_noise_prior(_target_scale(prepared.rows)) if noise_prior is None else noise_prior
+        noise_prior = priors.default_noise_prior(target_scale(prepared.rows)) if noise_prior is None else noise_prior
         priors.check_noise_prior(noise_prior, prepared.num_outputs)
     config = None if select_config is None else selection.validate_select_config(select_config, info)
     asked = check(choice, config, info, template, priors_sigma)
@@ -142,9 +180,18 @@ def make_plan(
             "came without any. Pass DeterministicNN.get_params(), or choose by 'magnitude', 'fisher' or "
             "'laplace_variance'."
         )
+    regression = num_classes is None
+    exact = regression and deterministic_stage.is_exact(
+        network, prepared.rows.x, template, choice if config is None else None, info, engine
+    )
+    count = 1
+    if weights is None:
+        count = deterministic_stage.how_many(network, prepared, template, num_backbones, exact=exact)
     return Plan(
-        network, prepared, Gaussian() if num_classes is None else Categorical(), choice, config, weights, statistics,
-        bool(asked), noise_prior, prior_mean, priors_sigma, template, previous if warm else None,
+        network, prepared, Gaussian() if regression else Categorical(), choice, config, weights, statistics,
+        bool(asked), noise_prior, noise_is_default, prior_mean, priors_sigma, learns_prior,
+        template, count, exact,
+        previous if warm else None,
     )  # fmt: skip
 
 
@@ -152,32 +199,72 @@ def run(plan: Plan, key: Key, options: PretrainingOptions, sampling: Sampling, r
     """Train, choose, sample and judge."""
     started = time.perf_counter()
     key_train, key_sample, seed = _stage_keys(key)
+    seed = int(seed) if plan.warm is None else plan.warm.seed
     checkpoint = None
     if sampling.checkpoint_dir is not None:
         checkpoint = Checkpoint(sampling.checkpoint_dir, resuming.run_identity(plan, key, options, sampling))
-    params, state, pretrained = _trained(plan, key_train, int(seed), options, report, checkpoint)
+    stage = deterministic_stage.train(plan, key_train, seed, options, report, checkpoint)
     trained = time.perf_counter()
-    if plan.warm is None:
-        partition = _choose(plan, jax.random.fold_in(key_train, 1), params, state, pretrained)
+    share = sampling.shared(len(stage.params))
+    members = tuple(
+        _sample_member(plan, stage, k, key_train, key_sample, share, report, checkpoint)
+        for k in range(len(stage.params))
+    )
+    prepared = plan.prepared
+    out_of_fold = None if stage.ensemble is None else _calibrate(plan, members, stage)
+    seconds = {"training": trained - started, "sampling": time.perf_counter() - trained}
+    return Fitted(
+        members, stage.parts, stage.ensemble, out_of_fold, _as_numpy(stage.pretrained[0]), prepared.scaling, prepared.row_shape,
+        prepared.target_ndim, combine([member.diagnostics for member in members]), seconds, len(prepared.rows.real),
+        prepared.num_rows, prepared.columns, seed,
+    )  # fmt: skip
+
+
+def _sample_member(
+    plan: Plan,
+    stage: Stage,
+    number: int,
+    key_train: Key,
+    key_sample: Key,
+    sampling: Sampling,
+    report: Report,
+    checkpoint: Checkpoint | None,
+) -> Member:
+    """The Bayesian part of one backbone."""
+    params = stage.params[number]
+    warm = None if plan.warm is None else plan.warm.members[number]
+    if len(stage.params) > 1:
+        key_sample = jax.random.fold_in(key_sample, number)
+        if checkpoint is not None:
+            checkpoint = Checkpoint(checkpoint.folder / f"backbone-{number:02d}", checkpoint.fingerprint)
+    noise = stage.starting_noise(plan, number) if plan.likelihood.is_regression else np.ones(1, np.float32)
+    if warm is None:
+        partition = _choose(plan, jax.random.fold_in(key_train, 1), stage, number, noise)
     else:
-        partition = plan.warm.source.partition
+        partition = warm.source.partition
     if checkpoint is not None:
         resuming.check_choice(checkpoint, partition)
-    density, start = _density(plan, partition, params, state, pretrained)
-    source = Source(plan.network, partition, params, state, np.zeros((0, partition.size)), np.zeros((0, 0)))
+    density, start = _density(plan, partition, params, stage, number, noise)
+    source = Source(plan.network, partition, params, stage.state, np.zeros((0, partition.size)), np.zeros((0, 0)))
     posterior = sample(
         sampling, key_sample, density, start, checkpoint=checkpoint, report=report,
         is_enough=stopping_rule(sampling, plan.prepared, source, density),
-        warm_start=None if plan.warm is None else plan.warm.posterior.adaptation,
+        warm_start=None if warm is None else warm.posterior.adaptation,
     )  # fmt: skip
     source = on_host(with_draws(source, density, posterior.flat_draws))._replace(analytic=posterior.analytic)
-    diagnostics = judge(plan.prepared, source, posterior)
-    seconds = {"training": trained - started, "sampling": time.perf_counter() - trained}
-    prepared = plan.prepared
-    return Fitted(
-        source, posterior, prepared.scaling, prepared.row_shape, prepared.target_ndim, _as_numpy(pretrained),
-        diagnostics, seconds, len(prepared.rows.real), prepared.num_rows, prepared.columns,
-    )  # fmt: skip
+    if plan.learns_prior:
+        posterior.info["priors_sigma"] = _prior_stds(partition, density)
+    return Member(source, posterior, judge(plan.prepared, source, posterior, len(stage.params)))
+
+
+def _calibrate(plan: Plan, members: tuple[Member, ...], stage: Stage) -> OutOfFold:
+    """What the rows that each backbone left out say about the variance of the whole."""
+    rows, real = plan.prepared.rows, np.asarray(plan.prepared.rows.real) > 0
+    x, y, unseen = np.asarray(rows.x)[real], np.asarray(rows.y)[real], stage.row_weights[:, real] == 0
+    mixture = Mixture(tuple(member.source for member in members), stage.parts, np.ones(1))
+    if plan.likelihood.is_regression:
+        return calibrate_variance(*member_moments(mixture, x), unseen, stage.parts, y.astype(float))
+    return calibrate_temperature(member_probabilities(mixture, x)[0], unseen, y)
 
 
 def _prepare(
@@ -206,111 +293,58 @@ def _stage_keys(key: Key):
     return key_train, key_sample, jax.random.bits(key_folds)
 
 
-def _trained(
-    plan: Plan, key: Key, seed: int, options: PretrainingOptions, report: Report, checkpoint: Checkpoint | None
-):
-    """Weights and frozen state: those given, those a checkpoint holds, or those of the deterministic stage."""
-    rows = plan.prepared.rows
-    if plan.warm is not None:
-        return plan.weights, plan.warm.source.state, None
-    if plan.weights is not None:
-        state = _initial_state(plan.network, key, rows.x)
-        _warn_of_units(plan, state)
-        return plan.weights, state, None
-    if checkpoint is not None:
-        kept = resuming.load_trained(checkpoint, plan.template, jax.eval_shape(plan.network.init, key, rows.x[:1])[1])
-        if kept is not None:
-            return kept.params, kept.state, kept
-    burn_in = 0.5 if plan.select_config is None else plan.select_config.burn_in
-    options = dataclasses.replace(options, track_statistics=plan.needs_statistics, burn_in=burn_in)
-    # The search compares losses at noise of one target's spread; classes have no noise.
-    noise_std = _target_scale(rows) if plan.likelihood.is_regression else np.ones(1, np.float32)
-    pretrained = pretrain(
-        plan.network, plan.likelihood, key, rows, noise_std,
-        options, seed=seed, on_progress=lambda done, total, loss: report("training", done, total, f"loss {loss:.4g}"),
-    )  # fmt: skip
-    if checkpoint is not None:
-        resuming.save_trained(checkpoint, pretrained)
-    return pretrained.params, pretrained.state, pretrained
-
-
-def _warn_of_units(plan: Plan, state: State) -> None:
-    """Given weights that predict worse than the mean were probably trained in other units."""
-    rows = plan.prepared.rows
-    if not plan.likelihood.is_regression:
-        return
-    outputs = predictive.deterministic_outputs(plan.network, plan.weights, state, np.asarray(rows.x))
-    real = np.asarray(rows.real) > 0
-    error = np.sqrt(np.mean((outputs - np.asarray(rows.y))[real] ** 2))
-    spread = np.sqrt(np.mean(_target_scale(rows) ** 2))
-    if error > 2.0 * spread:
-        warnings.warn(
-            f"the given weights predict y with an error of {error:.3g}, more than twice its spread of {spread:.3g}. If "
-            "they were trained on standardised data, pass standardize=True, or DeterministicNN.get_params(), which "
-            "remembers its units.",
-            UnitsWarning,
-            stacklevel=5,
-        )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _initial_state(network: Network, key: Key, x: Any) -> State:
-    return network.init(key, x[:1])[1]
-
-
-def _target_scale(rows: Any) -> np.ndarray:
-    """Standard deviation of the targets in working units: one when they are standardised, else that of the user's."""
-    return priors.target_scale(np.asarray(rows.y), np.asarray(rows.real))
-
-
-def _choose(plan: Plan, key: Key, params: Params, state: State, pretrained: Pretrained | None) -> RandomPart:
-    """The random part of the trained network."""
-    statistics, sigma = plan.statistics, None
+def _choose(plan: Plan, key: Key, stage: Stage, number: int, noise: np.ndarray) -> RandomPart:
+    """The random part of a trained network; rows that it left out have no say."""
+    statistics, sigma, pretrained = plan.statistics, None, stage.pretrained[number]
+    rows = plan.prepared.rows._replace(real=stage.row_weights[number])
     if pretrained is not None:
         statistics, sigma = pretrained.statistics, pretrained.sigma
-    regression = plan.likelihood.is_regression
-    noise = _starting_noise(plan, params, state, pretrained) if regression else np.ones(1, np.float32)
     trained = Trained(
-        plan.network, params, state, plan.prepared.rows, plan.likelihood, noise,
+        plan.network, stage.params[number], stage.state, rows, plan.likelihood, noise,
         0.0 if sigma is None else 1.0 / sigma**2, statistics,
     )  # fmt: skip
     return choose(plan.choice, plan.select_config, trained, key, plan.priors_sigma)
 
 
-def _density(plan: Plan, partition: RandomPart, params: Params, state: State, pretrained: Pretrained | None):
-    """The log density of the Bayesian part, and the position of the trained weights."""
-    rows = plan.prepared.rows
+def _density(plan: Plan, partition: RandomPart, params: Params, stage: Stage, number: int, noise: np.ndarray):
+    """The log density of a backbone's Bayesian part given the rows it was trained on, and the trained position."""
+    rows, noise_prior = plan.prepared.rows, plan.noise_prior
+    if stage.ensemble is not None and plan.noise_is_default and plan.likelihood.is_regression:
+        # A backbone's own rows would say that there is hardly any noise: it has learnt them. Others measured it.
+        noise_prior = priors.known_noise_prior(noise, plan.prepared.num_rows)
     prior = priors.weight_prior(partition, params, plan.priors_sigma, plan.prior_mean)
     density = log_density.build(
-        plan.network, partition, params, state, rows.x, rows.y, rows.real,
-        likelihood=plan.likelihood, prior=prior, noise_prior=plan.noise_prior,
+        plan.network, partition, params, stage.state, rows.x, rows.y, stage.row_weights[number],
+        likelihood=plan.likelihood, prior=prior, noise_prior=noise_prior,
     )  # fmt: skip
-    if density.form.hoisted.recomputes:
+    if density.form.hoisted.recomputes and number == 0:
         warnings.warn(
             f"the frozen part's results for {plan.prepared.num_rows} rows exceed the memory budget of "
             f"{row_blocks.CARRY_BUDGET_BYTES / 2**30:.1f} GiB, so the whole network runs for every gradient. Make "
             "layers nearer the output Bayesian, or give fewer rows.",
             MemoryBudgetWarning,
-            stacklevel=4,
+            stacklevel=6,
         )
-    theta = np.asarray(priors.split(partition, params))
-    if not density.form.num_noise:
-        return density, theta
-    noise = _starting_noise(plan, params, state, pretrained)
-    unconstrained = log_density.unconstrain_noise(noise, plan.noise_prior)
-    # A prior with bounds need not hold the observed error: its middle does.
-    return density, np.concatenate([theta, np.where(np.isfinite(unconstrained), unconstrained, 0.0)])
+    start = np.asarray(priors.split(partition, params))
+    if density.form.num_noise:
+        unconstrained = log_density.unconstrain_noise(noise, noise_prior)
+        # A prior with bounds need not hold the observed error: its middle does.
+        start = np.concatenate([start, np.where(np.isfinite(unconstrained), unconstrained, 0.0)])
+    if plan.learns_prior and density.form.num_theta:
+        factors = learn_scales(density, jax.random.key(number), start)
+        blocks = density.form.blocks or (density.form.num_theta,)
+        std = (prior.std * np.repeat(factors, blocks)).astype(np.float32)
+        density = dataclasses.replace(density, terms=density.terms._replace(prior=prior._replace(std=std)))
+    return density, start
 
 
-def _starting_noise(plan: Plan, params: Params, state: State, pretrained: Pretrained | None) -> np.ndarray:
-    """The error of the trained network: on unseen rows where a search measured it, else on the training rows."""
-    rows, scale = plan.prepared.rows, _target_scale(plan.prepared.rows)
-    if pretrained is not None and pretrained.search is not None and pretrained.search.unseen_rmse is not None:
-        return np.maximum(pretrained.search.unseen_rmse, MIN_NOISE_START * scale)
-    outputs = predictive.deterministic_outputs(plan.network, params, state, np.asarray(rows.x))
-    real = np.asarray(rows.real) > 0
-    residual = (outputs - np.asarray(rows.y))[real]
-    return np.clip(np.sqrt(np.mean(residual**2, axis=0)), MIN_NOISE_START * scale, None)
+def _prior_stds(partition: RandomPart, density: log_density.LogDensity) -> dict[str, float]:
+    """The learnt prior standard deviation of each leaf's Bayesian weights; of a subspace, that of its coordinates."""
+    blocks = density.form.blocks or (density.form.num_theta,)
+    first = np.cumsum((0, *blocks[:-1]))
+    std = np.asarray(density.terms.prior.std)
+    names = [path for path, count in partition.counts().items() if count] if density.form.blocks else ["subspace"]
+    return {name: float(std[at]) for name, at in zip(names, first, strict=True)}
 
 
 def _as_numpy(pretrained: Pretrained | None) -> Pretrained | None:

@@ -5,31 +5,34 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-import jax
 import numpy as np
 
-from .. import _checks, predictive, selectors
+from .. import _checks, selectors
+from ..backbones import Backbones
 from ..diagnostics import Diagnostics, LeafDiagnostics, by_leaf
-from ..errors import ConvergenceError, ConvergenceWarning, NotFittedError, OptionError
+from ..errors import ConvergenceError, ConvergenceWarning, OptionError
 from ..inference.base import Engine
+from ..out_of_fold import OutOfFold
 from ..posterior import Posterior
-from ..predictive import ClassPrediction, RegressionPrediction
 from ..pretraining import Pretrained
 from ..schedules import LearningRate
 from ..subspaces import RandomPart
-from . import fitting
-from .base import as_user_network, softmax, to_target_shape
+from . import deterministic_stage, fitting
+from .base import as_user_network
 from .fitting import Fitted
+from .predicting import Predicting, check_calibration
 from .progress import progress
 from .sampling import Sampling
 
 
-class PartialBNN:
+class PartialBNN(Predicting):
     """A neural network with some of its weights random and the others fixed at their trained values.
 
     ``fit`` trains the whole network, then samples the posterior of the chosen
-    weights given the others. One class serves every architecture and every
-    choice of weights.
+    weights given the others. It does so for several backbones, each of which
+    leaves out some of the rows; predictions are their mixture, with the
+    variance that the left-out rows ask for. One class serves every
+    architecture and every choice of weights.
 
     Parameters
     ----------
@@ -51,6 +54,13 @@ class PartialBNN:
         trained values uses the data twice and makes intervals narrower than the posterior of an untrained prior.
     standardize : scale inputs and targets inside. ``"auto"``: yes, except that given weights decide by their own
         units, and plain arrays are taken to work in the user's.
+    num_backbones : how many networks are trained, each on three quarters of the rows. ``"auto"``: 16 where the
+        posterior of the Bayesian part is exact (fewer for costly networks), 4 where it is sampled; given weights are
+        one. With 1, one network is trained on all rows, and its intervals are known to be too narrow on new ones.
+    calibration : ``"out_of_fold"``: the predictive variance is ``a * epistemic + b`` with the factor and the noise
+        that make left-out rows most likely (for classes, a temperature); None: the variance of the mixture as the
+        posteriors give it. Each prediction may ask for the other. A single backbone has no left-out rows, and is
+        never calibrated here.
 
     Attributes
     ----------
@@ -85,6 +95,8 @@ class PartialBNN:
         noise_prior: Any = None,
         prior_mean: str = "map",
         standardize: bool | str = "auto",
+        num_backbones: int | str = "auto",
+        calibration: str | None = "out_of_fold",
     ):
         self.network = network
         self.num_classes = num_classes
@@ -96,6 +108,13 @@ class PartialBNN:
         self.noise_prior = noise_prior
         self.prior_mean = prior_mean
         self.standardize = standardize
+        self.num_backbones = num_backbones
+        self.calibration = calibration
+        if isinstance(num_backbones, str):
+            _checks.check_one_of("num_backbones", num_backbones, ("auto",))
+        else:
+            _checks.check_positive_int("num_backbones", num_backbones)
+        check_calibration(calibration)
         if num_classes is not None:
             _checks.check_positive_int("num_classes", num_classes, minimum=2)
         _checks.check_one_of("prior_mean", prior_mean, ("map", "zero"))
@@ -113,11 +132,6 @@ class PartialBNN:
         self._network = as_user_network(network)
         self._fitted: Fitted | None = None
 
-    @property
-    def is_regression(self) -> bool:
-        """Whether targets are numbers rather than class labels."""
-        return self.num_classes is None
-
     def fit(
         self,
         X: Any,
@@ -132,7 +146,7 @@ class PartialBNN:
         sgd_batch_size: int | None = None,
         swa_config: Mapping[str, Any] | None = None,
         map_sigma: float | str | None = "auto",
-        priors_sigma: float | Mapping[str, float] = 1.0,
+        priors_sigma: float | str | Mapping[str, float] = 1.0,
         select_neurons_config: Mapping[str, Any] | None = None,
         engine: str | Engine | None = None,
         until: str | None = None,
@@ -161,7 +175,8 @@ class PartialBNN:
         swa_config : weight averaging in the deterministic stage, as for ``DeterministicNN``.
         map_sigma : prior standard deviation of all weights in the deterministic stage; ``"auto"`` chooses it and
             the number of epochs by the loss on left-out rows; None trains without a prior.
-        priors_sigma : prior standard deviation of the Bayesian weights: one number, or by layer name.
+        priors_sigma : prior standard deviation of the Bayesian weights: one number, or by layer name; ``"auto"``
+            learns one for each kernel and bias by the evidence (``posterior.info["priors_sigma"]`` has them).
         select_neurons_config : choose single weights after training: ``method`` (``"variance"``, ``"gradient"``,
             ``"magnitude"``, ``"clustering"``), ``layer_names``, ``num_pairs_per_layer``, optionally ``seed`` and
             ``burn_in`` (share of the epochs before variance and gradient are gathered, half by default); united
@@ -206,8 +221,11 @@ class PartialBNN:
             self._network, X, y, choice=self._choice if self._chosen or select_neurons_config is None else None,
             select_config=select_neurons_config, given=self.deterministic_weights, num_classes=self.num_classes,
             standardize=self.standardize, noise_prior=self.noise_prior, prior_mean=self.prior_mean,
-            priors_sigma=priors_sigma, previous=self._previous(warm_start), warm=bool(warm_start),
+            priors_sigma=priors_sigma, num_backbones=self.num_backbones, engine=sampling.engine,
+            previous=self._previous(warm_start), warm=bool(warm_start),
         )  # fmt: skip
+        if self.num_backbones == 1:
+            deterministic_stage.warn_of_one(plan.prepared.num_rows, partial=self.prior_mean == "map")
         with progress(progress_bar) as report:
             fitted = fitting.run(plan, key, training, sampling, report)
         if not fitted.diagnostics.ok:
@@ -217,120 +235,24 @@ class PartialBNN:
         self._fitted = fitted
         return self
 
-    def predict(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and variance of a new observation, or class probabilities and their uncertainty.
-
-        Parameters
-        ----------
-        X : (n, …) inputs, rows shaped as at fit.
-
-        Returns
-        -------
-        Regression: mean and variance (epistemic plus noise), both shaped like the training target, in the user's
-        units. Classification: probabilities ``(n, classes)`` and the entropy of each row's probabilities ``(n,)``
-        in nats: the total uncertainty. ``posterior_predictive`` splits both.
-        """
-        prediction = self.posterior_predictive(X)
-        if isinstance(prediction, RegressionPrediction):
-            return prediction.mean, prediction.var
-        return prediction.probabilities, prediction.total_entropy
-
-    def predict_classes(self, X: Any) -> np.ndarray:
-        """The most probable class of each row, shape ``(n,)``."""
-        if self.is_regression:
-            raise OptionError("predict_classes needs a model built with num_classes; this one predicts numbers.")
-        return np.argmax(self.predict(X)[0], axis=-1)
-
-    def posterior_predictive(
-        self, X: Any, *, quantiles: Sequence[float] | None = None, num_draws: int = 0, seed: int | None = None
-    ) -> RegressionPrediction | ClassPrediction:
-        """The predictive distribution with its uncertainty split into epistemic and aleatoric.
-
-        Parameters
-        ----------
-        X : (n, …) inputs, rows shaped as at fit.
-        quantiles : levels in (0, 1) at which to give quantiles of the predictive mixture (regression).
-        num_draws : draws to return: of new observations (regression) or of class probabilities.
-        seed : chooses the draws.
-        """
-        num_draws = _checks.check_positive_int("num_draws", num_draws, minimum=0)
-        fitted, x = self._inputs(X)
-        draws = None
-        if num_draws:
-            draws = self._draws(fitted, x, num_draws, noise=True, key=_checks.as_key(None, seed))
-        if not self.is_regression:
-            if quantiles is not None:
-                raise OptionError("quantiles are for regression; for classes ask for draws of the probabilities.")
-            probabilities, expected = predictive.class_moments(fitted.source, x)
-            return ClassPrediction.of(probabilities, expected, draws)
-        mean, variance = predictive.regression_moments(fitted.source, x)
-        aleatoric = np.broadcast_to(fitted.source.noise_var, mean.shape)
-        levels = None if quantiles is None else [_checks.check_fraction("quantiles", q) for q in quantiles]
-        solved = None
-        if levels is not None:
-            values = fitted.scaling.mean_to_user(predictive.mixture_quantiles(fitted.source, x, levels))
-            solved = dict(zip(levels, to_target_shape(values, fitted.target_ndim), strict=True))
-        return RegressionPrediction(
-            mean=to_target_shape(fitted.scaling.mean_to_user(mean), fitted.target_ndim),
-            epistemic_var=to_target_shape(fitted.scaling.var_to_user(variance), fitted.target_ndim),
-            aleatoric_var=to_target_shape(fitted.scaling.var_to_user(aleatoric), fitted.target_ndim),
-            quantiles=solved,
-            draws=draws,
-        )
-
-    def sample_from_posterior(
-        self, X: Any, num_draws: int = 100, *, noise: bool = True, seed: int | None = None, rng_key: Any = None
-    ) -> np.ndarray:
-        """Draws of new observations at X, or of the function itself with ``noise=False``.
-
-        Returns
-        -------
-        ``(num_draws, n)`` or ``(num_draws, n, d)`` in the user's units; for classification the draws' class
-        probabilities ``(num_draws, n, classes)``. Rows of one draw share its weights. Draws are taken without
-        replacement while there are enough.
-        """
-        fitted, x = self._inputs(X)
-        num_draws = _checks.check_positive_int("num_draws", num_draws)
-        return self._draws(fitted, x, num_draws, noise=noise, key=_checks.as_key(rng_key, seed))
-
-    def get_samples(self, chain_dim: bool = False) -> dict[str, np.ndarray]:
-        """Draws of the Bayesian weights by leaf (``Dense1.kernel``), and of the noise in the user's units.
-
-        A wholly Bayesian leaf has shape ``(draws, *leaf_shape)``, a partly Bayesian one ``(draws, k)`` in the
-        order of ``partition.indices``. ``chain_dim=True`` puts a chain axis first.
-        """
-        fitted = self._require_fitted()
-        lead = fitted.posterior.draws.shape[:2]
-        theta = fitted.posterior.draws[..., : fitted.source.partition.size]
-        samples = {path: np.asarray(values) for path, values in fitted.source.partition.unravel(theta).items()}
-        if self.is_regression:
-            noise = fitted.source.noise_std.reshape(*lead, -1) * fitted.scaling.y_std
-            samples["noise_std"] = noise[..., 0] if fitted.target_ndim == 1 else noise
-        if chain_dim:
-            return samples
-        return {path: values.reshape(lead[0] * lead[1], *values.shape[2:]) for path, values in samples.items()}
-
     def diagnostics(self) -> Diagnostics:
         """R-hat and effective sample sizes of predictions and noise, divergences, and a verdict."""
         return self._require_fitted().diagnostics
 
     def layer_diagnostics(self) -> dict[str, LeafDiagnostics]:
-        """R-hat and effective sample sizes of the weights, by leaf; ``diagnostics`` decides about trust."""
-        return by_leaf(self.get_samples(chain_dim=True), independent=self.posterior.info.get("independent", False))
+        """R-hat and effective sample sizes of the weights of the (first) backbone, by leaf.
 
-    def deterministic_predict(self, X: Any) -> np.ndarray:
-        """What the trained network predicts without any Bayesian part: values, or class probabilities."""
-        fitted, x = self._inputs(X)
-        source = fitted.source
-        outputs = predictive.deterministic_outputs(source.network, source.params, source.state, x)
-        if not self.is_regression:
-            return softmax(outputs)
-        return to_target_shape(fitted.scaling.mean_to_user(outputs), fitted.target_ndim)
+        ``diagnostics`` decides about trust.
+        """
+        return by_leaf(
+            self._samples_of(self._require_fitted().members[:1]),
+            independent=self._require_fitted().members[0].posterior.info.get("independent", False),
+        )
 
     @property
     def partition(self) -> RandomPart:
-        """Which weights are Bayesian, after ``fit``."""
-        return self._require_fitted().source.partition
+        """Which weights are Bayesian, after ``fit``; of the first backbone, where each has its own choice."""
+        return self._require_fitted().members[0].source.partition
 
     @property
     def num_bayesian_weights(self) -> int:
@@ -339,7 +261,7 @@ class PartialBNN:
 
     @property
     def posterior(self) -> Posterior:
-        """Draws of the flat position, with the sampler's reports."""
+        """Draws of the flat position, with the sampler's reports; one backbone's chains after another's."""
         return self._require_fitted().posterior
 
     @property
@@ -349,26 +271,41 @@ class PartialBNN:
 
     @property
     def pretraining(self) -> Pretrained | None:
-        """The deterministic stage: weights, losses, the chosen regularisation; None if weights were given."""
+        """The deterministic stage of the (first) backbone: weights, losses, the chosen regularisation.
+
+        None if weights were given.
+        """
         return self._require_fitted().pretrained
 
     @property
-    def held_out_std(self) -> np.ndarray | None:
-        """Error of the network's predictions on rows left out while its regularisation was chosen, ``(outputs,)``.
+    def backbones(self) -> Backbones | None:
+        """All backbones, which rows each has seen, and the loss on left-out rows; None for a single one."""
+        return self._require_fitted().ensemble
 
-        In the user's units; None where weights or the length of training were given, and for classes.
+    @property
+    def out_of_fold(self) -> OutOfFold | None:
+        """What left-out rows say: ``a``, ``b``, the error and coverage to expect; None for a single backbone."""
+        return self._require_fitted().out_of_fold
+
+    @property
+    def held_out_std(self) -> np.ndarray | None:
+        """Error of the deterministic stage's predictions on rows left out of training, ``(outputs,)``.
+
+        In the user's units; None for a single network whose weights or length of training were given, and for
+        classes.
         """
         fitted = self._require_fitted()
         search = None if fitted.pretrained is None else fitted.pretrained.search
-        if search is None or search.unseen_rmse is None:
-            return None
-        return search.unseen_rmse * fitted.scaling.y_std
+        unseen = None if search is None else search.unseen_rmse
+        if fitted.ensemble is not None:
+            unseen = None if fitted.ensemble.unseen_rmse is None else fitted.ensemble.unseen_rmse[0]
+        return None if unseen is None else unseen * fitted.scaling.y_std
 
     def layer_context(self):
         """The architecture, its input shape and its partition where known, for the table of layers."""
         if self._fitted is None:
             return self.network, None, None
-        return self.network, self._fitted.row_shape, self._fitted.source.partition
+        return self.network, self._fitted.row_shape, self._fitted.members[0].source.partition
 
     def _previous(self, warm_start: Any) -> Fitted | None:
         """The fit whose compiled size, and with ``warm_start`` whose state, the next one starts from."""
@@ -383,28 +320,3 @@ class PartialBNN:
         if warm_start not in (False, None):
             raise OptionError(f"warm_start must be True, False or a fitted PartialBNN, got {warm_start!r}.")
         return self._fitted
-
-    def _require_fitted(self) -> Fitted:
-        if self._fitted is None:
-            raise NotFittedError("this PartialBNN is not fitted yet. Call fit(X, y) first.")
-        return self._fitted
-
-    def _inputs(self, X: Any) -> tuple[Fitted, np.ndarray]:
-        fitted = self._require_fitted()
-        _checks.check_columns(X, fitted.columns)
-        inputs = _checks.as_inputs(X, self._network.input_spec, expected_shape=fitted.row_shape)
-        return fitted, fitted.scaling.inputs(inputs)
-
-    def _draws(self, fitted: Fitted, x: np.ndarray, num_draws: int, *, noise: bool, key: Any) -> np.ndarray:
-        """Draws of observations, of the function, or of class probabilities, in the user's units."""
-        seeds = np.asarray(jax.random.key_data(key)).ravel()
-        generator = np.random.default_rng([int(word) for word in seeds])
-        available = len(fitted.source.theta)
-        picked = generator.choice(available, num_draws, replace=num_draws > available)
-        outputs = predictive.function_draws(fitted.source, x, fitted.source.theta[picked])
-        if not self.is_regression:
-            return softmax(outputs)
-        outputs = outputs.astype(float)
-        if noise:
-            outputs += fitted.source.noise_std[picked][:, None, :] * generator.standard_normal(outputs.shape)
-        return to_target_shape(fitted.scaling.mean_to_user(outputs), fitted.target_ndim)

@@ -10,6 +10,7 @@ import numpy as np
 
 from .. import trees
 from .._typing import Key, Params, State
+from ..backbones import Backbones
 from ..checkpoint import Checkpoint, fingerprint
 from ..errors import CheckpointError
 from ..partition import Partition
@@ -20,6 +21,7 @@ from ..weight_statistics import TrainingStatistics
 
 _NAME = "trained"
 _CHOICE = "choice"
+_ENSEMBLE = "backbones"
 _STEPS = (0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)
 _STATISTICS = ("weight_variance", "mean_abs_gradient", "averaged_variance")
 
@@ -34,9 +36,10 @@ def run_identity(plan: Any, key: Key, options: PretrainingOptions, sampling: Any
     return fingerprint(
         prepared.rows, prepared.scaling.to_dict(), plan.weights, _density_values(plan.noise_prior),
         type(plan.noise_prior).__name__, sorted(trees.shapes(plan.template).items()), _computation(plan),
-        plan.choice, plan.select_config, plan.prior_mean, repr(plan.priors_sigma), repr(plain),
-        _rate(options.learning_rate), repr(sampling.engine), sampling.num_warmup, sampling.num_chains, key,
-        None if warm is None else (_choice_made(warm.source.partition), warm.posterior.adaptation),
+        plan.noise_is_default, plan.choice, plan.select_config, plan.prior_mean, repr(plan.priors_sigma),
+        plan.learns_prior, repr(plain), plan.num_backbones, _rate(options.learning_rate), repr(sampling.engine),
+        sampling.num_warmup, sampling.num_chains, key,
+        None if warm is None else [(_choice_made(m.source.partition), m.posterior.adaptation) for m in warm.members],
     )  # fmt: skip
 
 
@@ -79,7 +82,7 @@ def _density_values(distribution: Any) -> Any:
         return np.asarray(distribution.log_prob(np.geomspace(1e-3, 1e3, 25, dtype=np.float32)[:, None]))
 
 
-def save_trained(checkpoint: Checkpoint, pretrained: Pretrained) -> None:
+def save_trained(checkpoint: Checkpoint, pretrained: Pretrained, name: str = _NAME) -> None:
     """Keep the outcome of the deterministic stage."""
     arrays = {f"history.{name}": values for name, values in pretrained.history.items()}
     for group, tree in (("params", pretrained.params), ("state", pretrained.state)):
@@ -95,19 +98,21 @@ def save_trained(checkpoint: Checkpoint, pretrained: Pretrained) -> None:
         arrays["search.losses"] = search.pop("losses")
         rmse = search.pop("unseen_rmse")
         facts["search"] = search | {"unseen_rmse": None if rmse is None else np.asarray(rmse, float).tolist()}
-    checkpoint.keep(_NAME, arrays, **facts)
+    checkpoint.keep(name, arrays, **facts)
 
 
-def load_trained(checkpoint: Checkpoint, template: Params, state_template: State) -> Pretrained | None:
+def load_trained(
+    checkpoint: Checkpoint, template: Params, state_template: State, name: str = _NAME
+) -> Pretrained | None:
     """The outcome of the deterministic stage, if it was kept."""
-    arrays = checkpoint.arrays(_NAME)
+    arrays = checkpoint.arrays(name)
     if arrays is None:
         return None
-    facts = checkpoint.facts(_NAME)
+    facts = checkpoint.facts(name)
 
     def tree(group: str, like: Any) -> Any:
-        names = sorted(name for name in arrays if name.startswith(f"{group}."))
-        return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in names])
+        keys = sorted(key for key in arrays if key.startswith(f"{group}."))
+        return jax.tree.unflatten(jax.tree.structure(like), [arrays[key] for key in keys])
 
     statistics = search = None
     if "num_steps" in facts:
@@ -124,4 +129,32 @@ def load_trained(checkpoint: Checkpoint, template: Params, state_template: State
     return Pretrained(
         tree("params", template), tree("state", state_template), history, statistics, facts["sigma"],
         facts["num_epochs"], search,
+    )  # fmt: skip
+
+
+def save_backbones(checkpoint: Checkpoint, ensemble: Backbones) -> None:
+    """Keep the outcome of training several backbones; the entry that names them comes last."""
+    for k, member in enumerate(ensemble.members):
+        save_trained(checkpoint, member, f"{_NAME}-{k:02d}")
+    arrays = {"row_weights": ensemble.row_weights, "parts": ensemble.parts, "epochs": ensemble.epochs}
+    if ensemble.unseen_rmse is not None:
+        arrays["unseen_rmse"] = ensemble.unseen_rmse
+    checkpoint.keep(_ENSEMBLE, arrays, num_members=len(ensemble.members), num_parts=ensemble.num_parts)
+
+
+def load_backbones(checkpoint: Checkpoint, template: Params, state_template: State) -> Backbones | None:
+    """The outcome of training several backbones, if it was kept."""
+    arrays = checkpoint.arrays(_ENSEMBLE)
+    if arrays is None:
+        return None
+    found = [
+        load_trained(checkpoint, template, state_template, f"{_NAME}-{k:02d}")
+        for k in range(checkpoint.facts(_ENSEMBLE)["num_members"])
+    ]
+    members = tuple(member for member in found if member is not None)
+    search = members[0].search
+    assert search is not None  # it is kept with every member
+    return Backbones(
+        members, arrays["row_weights"], arrays["parts"], checkpoint.facts(_ENSEMBLE)["num_parts"], search,
+        arrays["epochs"], arrays.get("unseen_rmse"),
     )  # fmt: skip

@@ -26,7 +26,12 @@ NUM_REFERENCE_ROWS = 64
 NO_TREE = 60
 """Tree depth that no run reaches, for engines whose draws are made without one."""
 
+USUAL_TREE_DEPTH = 10
+
 DEFAULT_SAMPLES = 1000
+LEAST_SAMPLES = 8
+"""Draws per chain of each backbone at least: fewer say nothing about its spread."""
+
 MOST_SAMPLES = 50_000
 """Draws per chain at which a run with a stopping rule ends in any case."""
 
@@ -103,6 +108,20 @@ class Sampling:
             _checks.check_positive_int(name, count)
         config = engine_config(engine, chain_method)
         return cls(config, num_warmup, num_samples, num_chains, rule, seconds, checkpoint_dir)
+
+    def shared(self, num_backbones: int) -> "Sampling":
+        """What each of several backbones does, so that together they make as many draws as one alone would."""
+        if num_backbones == 1:
+            return self
+        until = self.until
+        if until is not None:
+            until = dataclasses.replace(until, ess=until.ess / num_backbones)
+        return dataclasses.replace(
+            self,
+            num_samples=max(LEAST_SAMPLES, -(-self.num_samples // num_backbones)),
+            seconds=None if self.seconds is None else self.seconds / num_backbones,
+            until=until,
+        )
 
     @property
     def enough_independent(self) -> int | None:
@@ -188,12 +207,15 @@ def stopping_rule(
     return is_enough
 
 
-def judge(prepared: Prepared, source: Source, posterior: Posterior) -> Diagnostics:
+def judge(prepared: Prepared, source: Source, posterior: Posterior, num_backbones: int = 1) -> Diagnostics:
     """Convergence of predicted values at reference rows, and of the noise."""
     quantities, info = reference_quantities(prepared, source, posterior.num_chains), posterior.info
+    depth = info.get("max_tree_depth", NO_TREE)
     return diagnose(
-        quantities, posterior.stats, info.get("max_tree_depth", NO_TREE),
+        # A limit below the usual was chosen for speed; whether the short trajectories do, the effective draws tell.
+        quantities, posterior.stats, depth if depth >= USUAL_TREE_DEPTH else NO_TREE,
         independent=info.get("independent", False), approximation=info.get("approximation", ""),
+        num_backbones=num_backbones, pareto_k=info.get("pareto_k", float("nan")),
     )  # fmt: skip
 
 

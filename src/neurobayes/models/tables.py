@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from .. import trees
 from ..errors import OptionError
-from ..network_info import LayerRow, layer_table
+from ..network_info import LayerRow, NetworkInfo, layer_table
+from ..networks._module_network import ModuleNetwork
 from ..subspaces import RandomPart
 from .base import as_user_network, network_info
 
@@ -19,8 +21,9 @@ def print_layer_configs(network: Any, input_shape: Sequence[int] | None = None) 
     Parameters
     ----------
     network : a network of any supported framework, or a model (fitted or not).
-    input_shape : shape of one row of input. Not needed for a fitted model or the library's own networks;
-        sizes that depend on the input then print as ``?``.
+    input_shape : shape of one row of input. Not needed for a fitted model, a module that has its weights (Flax NNX,
+        Equinox, PyTorch, a function with its parameters), whose layers are then in the order of their definition and
+        not of their calls, or the library's own networks, where sizes that depend on the input print as ``?``.
 
     Raises
     ------
@@ -54,12 +57,12 @@ def layer_rows(network: Any, input_shape: Sequence[int] | None = None) -> list[L
         return list(layer_table(network_info(wrapped, example), partition))
     examples = getattr(architecture, "example_inputs", None)
     if examples is None:
-        if wrapped.pretrained is None:
+        if not isinstance(wrapped, ModuleNetwork):
             raise OptionError(
                 "the shapes of this network depend on its input. Pass the shape of one row, "
                 "such as print_layer_configs(network, input_shape=(8,))."
             )
-        raise OptionError("pass input_shape=, the shape of one row, to list the layers of this network.")
+        return list(layer_table(NetworkInfo(wrapped.layers(None), trees.shapes(wrapped.pretrained)), partition))
     first, second = (list(layer_table(network_info(wrapped, example))) for example in examples())
     return [_unknown_where_different(a, b) for a, b in zip(first, second, strict=True)]
 

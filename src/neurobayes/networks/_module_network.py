@@ -27,7 +27,7 @@ class ModuleNetwork(Network):
     module : the user's object (module or function).
     params : its weights, a pytree of float arrays.
     state : pytree of the arrays that are never random.
-    kinds : what each module computes, by path; modules of no known kind may be left out.
+    kinds : what each module computes, by path and in order of definition; modules of no known kind may be left out.
     input_spec : what inputs look like, unless the module has an attribute ``input_spec`` that says so.
     has_dropout : whether the outputs are random in training.
     fingerprint : a value that changes with whatever else the outputs depend on.
@@ -57,9 +57,13 @@ class ModuleNetwork(Network):
         """The module's own weights and its frozen state; nothing is drawn."""
         return self._params, self._state
 
-    def layers(self, x: Array) -> tuple[Layer, ...]:
+    def layers(self, x: Array | None) -> tuple[Layer, ...]:
+        """The layers that own parameters, in the order of their calls; without ``x``, in that of ``kinds``."""
+        leaves = list(trees.flatten(self._params))
+        if x is None:
+            return group_leaves(leaves, _order_of_kinds(leaves, self._kinds), self._kinds)
         order = order_of_use(lambda params, inputs: self.apply(params, self._state, inputs), self._params, x)
-        return group_leaves(list(trees.flatten(self._params)), order, self._kinds)
+        return group_leaves(leaves, order, self._kinds)
 
     @property
     def pretrained(self) -> Params:
@@ -107,6 +111,15 @@ def group_leaves(leaves: Sequence[str], order: Mapping[str, int], kinds: Mapping
         groups.setdefault(owner(leaf), []).append(leaf)
     names = sorted(groups, key=lambda name: min(order[leaf] for leaf in groups[name]))
     return tuple(Layer(name, kinds.get(name, "other"), tuple(groups[name])) for name in names)
+
+
+def _order_of_kinds(leaves: Sequence[str], kinds: Mapping[str, LayerKind]) -> dict[str, int]:
+    """The rank of each leaf by the module of ``kinds`` around it; leaves in none of these come last."""
+    places = {
+        leaf: next((place for place, path in enumerate(kinds) if trees.is_under(leaf, path)), len(kinds))
+        for leaf in leaves
+    }
+    return {leaf: rank for rank, leaf in enumerate(sorted(leaves, key=places.__getitem__))}
 
 
 def same_arrays(first: Any, second: Any) -> bool:

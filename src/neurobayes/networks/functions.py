@@ -73,7 +73,7 @@ class FunctionNetwork(ModuleNetwork):
         keywords = {} if self._keyword is None else {self._keyword: key}
         return as_columns(self.module(self._assemble(params, state), x, **keywords))
 
-    def layers(self, x: Array) -> tuple[Layer, ...]:
+    def layers(self, x: Array | None) -> tuple[Layer, ...]:
         shapes = trees.shapes(self._params)
         found: list[Layer] = []
         for layer in super().layers(x):

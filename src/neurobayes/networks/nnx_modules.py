@@ -43,12 +43,15 @@ class NNXNetwork(ModuleNetwork):
         evaluated.eval()
         graph, params, rngs, rest = nnx.split(evaluated, nnx.Param, nnx.RngState, ...)
         modules = {trees.SEPARATOR.join(map(str, path)): child for path, child in nnx.iter_modules(evaluated)}
+        defined = list(_in_order_of_definition(module))
+        # A module met twice has one path, which is not always that of the first place.
+        paths = dict.fromkeys([*(path for path, _ in defined if path in modules), *modules])
         super().__init__(
             module,
             nnx.to_pure_dict(params),
             nnx.to_pure_dict(rest),
-            kinds={path: kind for path, child in modules.items() if (kind := _kind(child)) != "other"},
-            input_spec=token_spec(_in_order_of_definition(module)),
+            kinds={path: kind for path in paths if (kind := _kind(modules[path])) != "other"},
+            input_spec=token_spec((_kind(child), child) for _, child in defined),
             has_dropout=any(_dropout_rate(child) > 0 for child in modules.values()),
             fingerprint=graph,
         )
@@ -85,13 +88,13 @@ def _reseed(module: nnx.Module, key: Key) -> None:
         stream.key[...] = jax.random.fold_in(key, position)
 
 
-def _in_order_of_definition(node: Any) -> Iterator[tuple[LayerKind, nnx.Module]]:
+def _in_order_of_definition(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, nnx.Module]]:
     """The modules of a known kind as their author wrote them down; clones have their attributes sorted by name."""
     if isinstance(node, nnx.Module) and _kind(node) != "other":
-        yield _kind(node), node
+        yield trees.SEPARATOR.join(path), node
     elif isinstance(node, (list, tuple, nnx.List)):
-        for child in node:
-            yield from _in_order_of_definition(child)
+        for position, child in enumerate(node):
+            yield from _in_order_of_definition(child, (*path, str(position)))
     elif isinstance(node, (dict, nnx.Module)):
-        for child in (node if isinstance(node, dict) else vars(node)).values():
-            yield from _in_order_of_definition(child)
+        for name, child in (node if isinstance(node, dict) else vars(node)).items():
+            yield from _in_order_of_definition(child, (*path, str(name)))

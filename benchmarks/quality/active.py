@@ -1,0 +1,235 @@
+"""Active learning by the protocol of Allec & Ziatdinov (2025): one point of largest variance at a time."""
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import _common
+from benchmarks._common import Check
+from benchmarks.quality import configuration, data, published, scores
+from benchmarks.quality.table import (
+    Record,
+    Report,
+    Settings,
+    Table,
+    Task,
+    at_most,
+    coverage_checks,
+    markdown_table,
+    number,
+    options_for,
+)
+
+STEPS, FAST_STEPS, SEEDS = 200, 20, 5
+SETTLED_AFTER = 2  # compilations are counted after this step
+METRICS = ("rmse", "mae", "nll", "coverage")
+# Of the fully Bayesian network over 200 steps: NLPD at step 0, mean NLPD, final RMSE.
+TARGETS = {
+    "esol": (1.28, 1.10, 0.643),
+    "freesolv": (1.96, 1.56, 0.901),
+    "htem_conductivity": (1.20, 0.56, 0.156),
+}
+SECONDS_PER_STEP = 3.0
+
+FitPredict = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def tasks(settings: Settings) -> list[Task]:
+    steps = STEPS if settings.full else FAST_STEPS
+    options = options_for("ours", "active", settings, steps=steps, refit=configuration.ACTIVE_REFIT)
+    return [
+        Task("active", dataset, split, "ours", options)
+        for dataset in TARGETS
+        for split in settings.split_numbers(1, SEEDS)
+    ]
+
+
+def run(task: Task, folder: Path) -> dict[str, Any]:
+    X, y, initial = data.active_pool(folder, task.dataset)
+    steps = learn(X, y, initial[task.split], task.options["steps"], _ours(X, y, task))
+    curves = {name: [step[name] for step in steps] for name in steps[0]}
+    settled = [step["compilations"] for step in steps[SETTLED_AFTER + 1 :]]
+    return {
+        "first_nll": curves["nll"][0],
+        "first_coverage": curves["coverage"][0],
+        "mean_nll": float(np.mean(curves["nll"])),
+        "mean_coverage": float(np.mean(curves["coverage"])),
+        "final_rmse": curves["rmse"][-1],
+        "step_seconds": float(np.median(curves["seconds"][1:] or curves["seconds"])),
+        "late_compilations": int(np.sum(settled)),
+        "seconds": float(np.sum(curves["seconds"])),
+        "curves": curves,
+    }
+
+
+def learn(
+    X: np.ndarray, y: np.ndarray, initial: np.ndarray, num_steps: int, fit_predict: FitPredict
+) -> list[dict[str, Any]]:
+    """At each step: fit, score the rest of the pool, then move its row of largest predictive variance over.
+
+    ``fit_predict(known, pool)`` takes row numbers and gives mean and variance of the pool's rows.
+    """
+    known, steps = np.asarray(initial), []
+    for _ in range(num_steps):
+        pool = data.others(known, len(y))
+        with _common.count_compilations() as compiled:
+            started = time.perf_counter()
+            mean, var = fit_predict(known, pool)
+            seconds = time.perf_counter() - started
+        found = scores.regression(y[pool], mean, var)
+        chosen = int(pool[np.argmax(var)])
+        steps.append(
+            {name: found[name] for name in METRICS}
+            | {"seconds": seconds, "compilations": compiled.count, "chosen": chosen, "rows": len(known)}
+        )
+        known = np.append(known, chosen)
+    return steps
+
+
+def _ours(X: np.ndarray, y: np.ndarray, task: Task) -> FitPredict:
+    import warnings
+
+    import neurobayes as nb
+    from benchmarks.quality import methods
+
+    network, constructor, fit = configuration.sort_options(task.options["options"])
+    example = data.Problem(X, y, X, y[:0])
+    model = nb.PartialBNN(methods.network_for(example, network), **constructor)
+    refit = task.options["refit"]
+
+    def fit_predict(known: np.ndarray, pool: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        nonlocal fit
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.fit(X[known], y[known], progress_bar=False, seed=task.split, **fit)
+        fit = fit | refit
+        return model.predict(X[pool])
+
+    return fit_predict
+
+
+def report(records: Sequence[Record], settings: Settings) -> Report:
+    parts = [
+        "Initial rows as published, inputs standardised on all rows, raw targets (log10 for htem), one row of largest "
+        "predictive variance per step, metrics on the remaining pool, mean over seeds. NLPD is the Gaussian form. "
+        "Theirs: the fully Bayesian network, the partially Bayesian run with the least mean NLPD, and the Gaussian "
+        "process; the means over steps are over the same steps as ours."
+    ]
+    rows, checks, drawn = [], [], {}
+    for dataset in TARGETS:
+        members = [record for record in records if record["dataset"] == dataset]
+        if not members:
+            continue
+        steps = max(record["options"]["steps"] for record in members)  # a full run beside a fast one
+        members = [record for record in members if record["options"]["steps"] == steps]
+        ours = scores.summarise(members, lambda record: record["dataset"])[dataset]
+        curves = published.active_curves(settings.reference, dataset)
+        theirs = {
+            label: curve
+            for label, prefix in _PUBLISHED.items()
+            if (curve := published.best_curve(curves, prefix, steps)) is not None
+        }
+        parts += [f"### {dataset}, {steps} steps, {len(members)} seed{'s' if len(members) > 1 else ''}"]
+        drawn[dataset] = {"ours": _mean_curves(members)} | {
+            label: {name: values[:steps] for name, values in curve.values.items()} for label, curve in theirs.items()
+        }
+        parts += [_summary_table(ours, theirs, steps), _curve_table(_mean_curves(members), theirs, steps)]
+        rows.append({"dataset": dataset, "steps": steps, **ours, "curves": _plain(_mean_curves(members))})
+        rows += [
+            {"dataset": dataset, "published": curve.run, "curves": _plain(curve.values)} for curve in theirs.values()
+        ]
+        checks += _checks(dataset, ours, theirs.get("fully Bayesian"), steps, members)
+    return Report("\n\n".join(parts), rows, checks, functools.partial(_draw, drawn) if drawn else None)
+
+
+_PUBLISHED = {
+    "fully Bayesian": published.FULLY_BAYESIAN,
+    "partially Bayesian": published.PARTIALLY_BAYESIAN,
+    "Gaussian process": published.GAUSSIAN_PROCESS,
+}
+
+
+def _plain(curves: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
+    return {name: np.asarray(values).tolist() for name, values in curves.items()}
+
+
+def _mean_curves(members: Sequence[Record]) -> dict[str, np.ndarray]:
+    return {name: np.mean([record["metrics"]["curves"][name] for record in members], 0) for name in METRICS}
+
+
+def _summary_table(ours: Mapping[str, Any], theirs: Mapping[str, published.Curve], steps: int) -> str:
+    header = ["run", "NLPD, step 0", "coverage, step 0", "mean NLPD", "mean coverage", "final RMSE", "seconds a step",
+              "compilations after step 2"]  # fmt: skip
+    names = ("first_nll", "first_coverage", "mean_nll", "mean_coverage", "final_rmse")
+    lines = [
+        ["**ours**", *(number(ours[name]["mean"]) for name in names), number(ours["step_seconds"]["median"], 2),
+         number(ours["late_compilations"]["mean"], 0)]
+    ]  # fmt: skip
+    for label, curve in theirs.items():
+        nll, coverage = curve.values["nll"][:steps], curve.values["coverage"][:steps]
+        found = (nll[0], coverage[0], nll.mean(), coverage.mean(), curve.values["rmse"][:steps][-1])
+        lines.append([f"{label} ({curve.run})", *map(number, map(float, found)), "", ""])
+    return markdown_table(header, lines)
+
+
+def _curve_table(ours: Mapping[str, np.ndarray], theirs: Mapping[str, published.Curve], steps: int) -> str:
+    shown = sorted({s for s in (0, 5, 10, 20, 50, 100, 150) if s < steps} | {steps - 1})
+    runs = {"ours": ours} | {label: curve.values for label, curve in theirs.items()}
+    header = ["step", *(f"{name}: {label}" for name in ("RMSE", "NLPD", "coverage") for label in runs)]
+    lines = [
+        [str(s), *(number(float(run[name][s])) for name in ("rmse", "nll", "coverage") for run in runs.values())]
+        for s in shown
+    ]
+    return markdown_table(header, lines)
+
+
+def _draw(drawn: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]], path: Path) -> None:
+    """One row of panels for each data set; nothing without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    shown = {"rmse": "RMSE", "nll": "NLPD", "coverage": "95 % coverage"}
+    figure = Figure(figsize=(12, 3 * len(drawn)), layout="constrained")
+    grid = figure.subplots(len(drawn), len(shown), squeeze=False)
+    for axes, (dataset, runs) in zip(grid, drawn.items(), strict=True):
+        for panel, (name, title) in zip(axes, shown.items(), strict=True):
+            for label, curves in runs.items():
+                panel.plot(curves[name], label=label, linewidth=2 if label == "ours" else 1)
+            panel.set(title=f"{dataset}: {title}", xlabel="step")
+            if name == "coverage":
+                panel.axhspan(0.90, 0.98, color="0.9")
+            if name == "nll":  # a bad start of one run would hide all others
+                values = np.concatenate([curves["nll"] for curves in runs.values()])
+                panel.set_ylim(values.min() - 0.1, min(values.max() + 0.1, values.min() + 3))
+    grid[0, 0].legend(fontsize="small")
+    figure.savefig(path, dpi=80)
+
+
+def _checks(
+    dataset: str, ours: Mapping[str, Any], full_bnn: published.Curve | None, steps: int, members: Sequence[Record]
+) -> list[Check]:
+    first, mean, final = TARGETS[dataset]
+    if steps != STEPS:  # a fast run is held against the same first steps of theirs
+        mean = full_bnn.mean_nll(steps) if full_bnn else None
+        final = float(full_bnn.values["rmse"][steps - 1]) if full_bnn else None
+    checks = [at_most(f"{dataset}: NLPD at step 0", ours["first_nll"]["mean"], first)]
+    if mean is not None and final is not None:
+        checks += [
+            at_most(f"{dataset}: mean NLPD over {steps} steps", ours["mean_nll"]["mean"], mean),
+            at_most(f"{dataset}: final RMSE", ours["final_rmse"]["mean"], final),
+        ]
+    for record in members:  # the target is for every run
+        checks += coverage_checks(f"{dataset}, seed {record['split'] + 1}, step 0", record["metrics"]["first_coverage"])
+    return [
+        *checks,
+        at_most(f"{dataset}: seconds a step, median", ours["step_seconds"]["median"], SECONDS_PER_STEP, "s"),
+        at_most(f"{dataset}: compilations after step 2", ours["late_compilations"]["mean"], 0),
+    ]
+
+
+TABLES = [Table("active", "Active learning (Allec & Ziatdinov 2025)", tasks, report, run)]

@@ -1,0 +1,159 @@
+"""Predictions of several backbones, each with draws of its own Bayesian part, as one distribution.
+
+Backbones come in parts, each trained with one prior scale. Calibration by
+left-out rows changes the variance of a part and never its mean: the deviations
+of draws from that mean are stretched, and the noise is that which left-out rows
+show.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.special
+
+from . import out_of_fold, predictive
+from .out_of_fold import OutOfFold
+from .predictive import Source
+
+VALUES_PER_BLOCK = 2**22
+"""Outputs of all draws that are held at once."""
+
+
+class Mixture(NamedTuple):
+    """Backbones with their draws, and what left-out rows say about their variance (None: nothing is changed).
+
+    ``parts`` is the number of each backbone's part, and ``weights`` (parts,) the share of each part.
+    """
+
+    sources: tuple[Source, ...]
+    parts: np.ndarray
+    weights: np.ndarray
+    calibration: OutOfFold | None = None
+
+    @property
+    def member_weights(self) -> np.ndarray:
+        """Share of each backbone; those of a part count alike."""
+        return self.weights[self.parts] / np.bincount(self.parts)[self.parts]
+
+    @property
+    def draw_weights(self) -> np.ndarray:
+        """Share of each draw; draws are numbered through the backbones in order."""
+        counts = [len(source.theta) for source in self.sources]
+        return np.repeat(self.member_weights / counts, counts)
+
+    def noise_vars(self) -> np.ndarray:
+        """Noise variance of each part, ``(parts, outputs)``."""
+        if self.calibration is not None and self.calibration.noise_var is not None:
+            return self.calibration.noise_var
+        each = np.stack([source.noise_var for source in self.sources])
+        return np.stack([each[self.parts == part].mean(axis=0) for part in range(len(self.weights))])
+
+    def factors(self) -> np.ndarray:
+        """Factor on the epistemic variance of each part, ``(parts, 1 or outputs)``."""
+        if self.calibration is not None and self.calibration.epistemic_factor is not None:
+            return self.calibration.epistemic_factor
+        return np.ones((len(self.weights), 1))
+
+
+def member_moments(mixture: Mixture, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of each backbone's outputs over its draws, ``(members, n, outputs)``."""
+    moments = [predictive.regression_moments(source, x) for source in mixture.sources]
+    mean, variance = (np.stack(parts).astype(float) for parts in zip(*moments, strict=True))
+    return mean, variance
+
+
+def regression_moments(mixture: Mixture, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, epistemic variance (within and between backbones) and noise variance, ``(n, outputs)``, working units."""
+    means, variances = part_moments(mixture, x)
+    mean = np.tensordot(mixture.weights, means, 1)
+    epistemic = mixture.factors()[:, None, :] * variances + (means - mean) ** 2
+    noise_var = mixture.weights @ mixture.noise_vars()
+    return mean, np.tensordot(mixture.weights, epistemic, 1), np.broadcast_to(noise_var, mean.shape)
+
+
+def part_moments(mixture: Mixture, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and epistemic variance of each part before calibration, ``(parts, n, outputs)``."""
+    means, variances = member_moments(mixture, x)
+    groups = [mixture.parts == part for part in range(len(mixture.weights))]
+    return (
+        np.stack([means[group].mean(axis=0) for group in groups]),
+        np.stack([variances[group].mean(axis=0) + means[group].var(axis=0) for group in groups]),
+    )
+
+
+def member_probabilities(mixture: Mixture, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Class probabilities ``(members, n, classes)`` and mean entropy of the draws ``(members, n)`` of each backbone."""
+    moments = [predictive.class_moments(source, x) for source in mixture.sources]
+    probabilities, entropy = (np.stack(parts).astype(float) for parts in zip(*moments, strict=True))
+    return probabilities, entropy
+
+
+def class_moments(mixture: Mixture, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean class probabilities ``(n, classes)`` and mean entropy of the draws ``(n,)`` in nats.
+
+    With a temperature, the share of the entropy that the draws agree on stays as it was.
+    """
+    shares = mixture.member_weights
+    probabilities, entropy = (np.tensordot(shares, values, 1) for values in member_probabilities(mixture, x))
+    if mixture.calibration is None or mixture.calibration.temperature is None:
+        return probabilities, entropy
+    tempered = out_of_fold.temper(probabilities, mixture.calibration.temperature)
+    before, after = (scipy.special.entr(np.asarray(p, float)).sum(axis=-1) for p in (probabilities, tempered))
+    return tempered, entropy * after / np.maximum(before, np.finfo(float).tiny)
+
+
+def function_draws(mixture: Mixture, x: np.ndarray, picked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Outputs ``(draws, n, d)`` and noise std ``(draws, d)`` of the draws with numbers ``picked``, working units.
+
+    Draws are numbered through the backbones in order. With calibration their deviations from the mean are stretched.
+    """
+    counts = np.array([len(source.theta) for source in mixture.sources])
+    member = np.searchsorted(np.cumsum(counts), picked, side="right")
+    within = picked - (np.cumsum(counts) - counts)[member]
+    outputs: Any = None
+    noise = np.empty((len(picked), mixture.sources[0].noise_std.shape[1]))
+    for k in np.unique(member):
+        source, here = mixture.sources[k], member == k
+        values = predictive.function_draws(source, x, source.theta[within[here]])
+        outputs = np.empty((len(picked), *values.shape[1:])) if outputs is None else outputs
+        outputs[here], noise[here] = values, source.noise_std[within[here]]
+    if mixture.calibration is None or mixture.calibration.epistemic_factor is None:
+        return outputs, noise
+    means, part = part_moments(mixture, x)[0], mixture.parts[member]
+    stretch = np.sqrt(mixture.factors())[part][:, None, :]
+    for k in np.unique(part):
+        outputs[part == k] = means[k] + stretch[part == k] * (outputs[part == k] - means[k])
+    return outputs, np.sqrt(mixture.noise_vars())[part]
+
+
+def num_draws(mixture: Mixture) -> int:
+    """Draws of all backbones together."""
+    return sum(len(source.theta) for source in mixture.sources)
+
+
+def _row_blocks(mixture: Mixture, x: np.ndarray):
+    """Blocks of rows for which the outputs of all draws fit into memory."""
+    source = mixture.sources[0]
+    rows = max(8, VALUES_PER_BLOCK // max(1, num_draws(mixture) * max(1, source.noise_std.shape[1])))
+    return [slice(first, first + rows) for first in range(0, len(x), rows)]
+
+
+def quantiles(mixture: Mixture, x: np.ndarray, levels: Sequence[float]) -> np.ndarray:
+    """Quantiles of the predictive mixture over all draws, noise included, ``(levels, n, outputs)``, working units."""
+    everything, parts = np.arange(num_draws(mixture)), []
+    for block in _row_blocks(mixture, x):
+        outputs, noise = function_draws(mixture, x[block], everything)
+        parts.append(predictive.solve_quantiles(outputs, noise, mixture.draw_weights, levels))
+    return np.concatenate(parts, axis=1)
+
+
+def log_density(mixture: Mixture, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Log density of targets ``(n, d)`` under the mixture over all draws, ``(n,)`` in nats, working units."""
+    everything, parts = np.arange(num_draws(mixture)), []
+    for block in _row_blocks(mixture, x):
+        outputs, noise = function_draws(mixture, x[block], everything)
+        scaled = (y[block] - outputs) / noise[:, None, :]
+        each = -np.sum(0.5 * scaled**2 + np.log(noise)[:, None, :] + 0.5 * np.log(2.0 * np.pi), axis=-1)
+        parts.append(scipy.special.logsumexp(each, axis=0, b=mixture.draw_weights[:, None]))
+    return np.concatenate(parts)

@@ -1,0 +1,236 @@
+"""The deterministic stage of a fit: one trained network, or several that have each seen a share of the rows."""
+
+import dataclasses
+import functools
+import math
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from .. import backbones, linearity, predictive, priors, selectors, trees
+from .._typing import Key, Params, State
+from ..backbones import Backbones
+from ..checkpoint import Checkpoint
+from ..errors import CalibrationWarning, UnitsWarning
+from ..hoisting import hoist_network
+from ..inference.auto import Auto
+from ..inference.base import Engine
+from ..inference.last_layer import LastLayer
+from ..networks.base import Network
+from ..pretraining import Pretrained, PretrainingOptions, pretrain
+from . import resuming
+from .progress import Report
+
+MIN_NOISE_START = 1e-3
+
+EXACT_BACKBONES = 16
+"""Backbones by default where the posterior of each is known in closed form."""
+
+SAMPLED_BACKBONES = 4
+"""Backbones by default where each needs a sampler of its own."""
+
+MOST_WORK = 4e12
+"""Multiplications of all backbones' training at most, where their number is the default; four are trained anyway."""
+
+EPOCHS_OF_WORK = 500
+
+_ONE_PART = np.zeros(1, int)
+
+FEW_ROWS = 5000
+"""Below this many rows, intervals above a single backbone are known to be too narrow."""
+
+
+class Stage(NamedTuple):
+    """Trained networks with the rows each was trained on.
+
+    ``row_weights`` is (members, rows), zero for padding; ``parts`` (members,) which of them share a prior scale;
+    ``ensemble`` is None for a single network.
+    """
+
+    params: list[Params]
+    state: State
+    pretrained: list[Pretrained | None]
+    row_weights: np.ndarray
+    parts: np.ndarray
+    ensemble: Backbones | None
+
+    def starting_noise(self, plan: Any, member: int) -> np.ndarray:
+        """Error of a trained network, ``(outputs,)``: on unseen rows where it was measured, else on training rows."""
+        rows, scale = plan.prepared.rows, target_scale(plan.prepared.rows)
+        pretrained = self.pretrained[member]
+        unseen = None
+        if self.ensemble is not None:
+            unseen = None if self.ensemble.unseen_rmse is None else self.ensemble.unseen_rmse[self.parts[member]]
+        elif pretrained is not None and pretrained.search is not None:
+            unseen = pretrained.search.unseen_rmse
+        if unseen is not None:
+            return np.maximum(unseen, MIN_NOISE_START * scale)
+        outputs = predictive.deterministic_outputs(plan.network, self.params[member], self.state, np.asarray(rows.x))
+        real = np.asarray(rows.real) > 0
+        residual = (outputs - np.asarray(rows.y))[real]
+        return np.clip(np.sqrt(np.mean(residual**2, axis=0)), MIN_NOISE_START * scale, None)
+
+
+def train(
+    plan: Any, key: Key, seed: int, options: PretrainingOptions, report: Report, checkpoint: Checkpoint | None
+) -> Stage:
+    """Weights and frozen state: those given, those a checkpoint holds, or those of the deterministic stage."""
+    rows = plan.prepared.rows
+    real = np.asarray(rows.real, np.float32)
+    if plan.warm is not None:
+        return _continued(plan, real, seed)
+    if plan.weights is not None:
+        state = _initial_state(plan.network, key, rows.x)
+        _warn_of_units(plan, state)
+        return Stage([plan.weights], state, [None], real[None], _ONE_PART, None)
+    burn_in = 0.5 if plan.select_config is None else plan.select_config.burn_in
+    options = dataclasses.replace(options, track_statistics=plan.needs_statistics, burn_in=burn_in)
+    if plan.num_backbones > 1:
+        return _ensemble(plan, key, seed, options, report, checkpoint)
+    pretrained = None
+    if checkpoint is not None:
+        pretrained = resuming.load_trained(checkpoint, plan.template, _state_template(plan, key))
+    if pretrained is None:
+        pretrained = pretrain(
+            plan.network, plan.likelihood, key, rows, _assumed_noise(plan), options, seed=seed,
+            on_progress=_reporter(report),
+        )  # fmt: skip
+        if checkpoint is not None:
+            resuming.save_trained(checkpoint, pretrained)
+    return Stage([pretrained.params], pretrained.state, [pretrained], real[None], _ONE_PART, None)
+
+
+def _ensemble(plan, key, seed, options, report, checkpoint) -> Stage:
+    rows = plan.prepared.rows
+    ensemble = None
+    if checkpoint is not None:
+        ensemble = resuming.load_backbones(checkpoint, plan.template, _state_template(plan, key))
+    if ensemble is None:
+        ensemble = backbones.train_backbones(
+            plan.network, plan.likelihood, key, rows, _assumed_noise(plan), options, plan.num_backbones, stacked=plan.exact,
+            seed=seed, on_progress=_reporter(report),
+        )  # fmt: skip
+        if checkpoint is not None:
+            resuming.save_backbones(checkpoint, ensemble)
+    members = list(ensemble.members)
+    return Stage(
+        [m.params for m in members], members[0].state, list(members), ensemble.row_weights, ensemble.parts, ensemble
+    )
+
+
+def _continued(plan: Any, real: np.ndarray, seed: int) -> Stage:
+    """The networks of an earlier fit for the rows of this one.
+
+    A row's share is decided by its place and the earlier fit's seed, so rows that come after the earlier ones leave
+    those where they were. Rows that are not the earlier ones may have been seen by any backbone.
+    """
+    earlier = plan.warm
+    params = [member.source.params for member in earlier.members]
+    state, weights, ensemble = earlier.members[0].source.state, real[None], earlier.ensemble
+    if ensemble is not None:
+        shares = np.zeros((len(params), len(real)), np.float32)
+        count = len(params) // (int(earlier.parts.max()) + 1)
+        left = backbones.leave_out(int(real.sum()), count, ensemble.num_parts, earlier.seed)
+        shares[:, real > 0] = np.tile(left, (len(params) // count, 1))  # the same in every part
+        weights, ensemble = shares, dataclasses.replace(ensemble, row_weights=shares)
+    return Stage(params, state, [None] * len(params), weights, earlier.parts, ensemble)
+
+
+def _reporter(report: Report):
+    return lambda done, total, loss: report("training", done, total, f"loss {loss:.4g}")
+
+
+def _assumed_noise(plan: Any) -> np.ndarray:
+    """Training compares losses at noise of one target's spread; classes have no noise."""
+    return target_scale(plan.prepared.rows) if plan.likelihood.is_regression else np.ones(1, np.float32)
+
+
+def target_scale(rows: Any) -> np.ndarray:
+    """Standard deviation of the targets in working units: one when they are standardised, else that of the user's."""
+    return priors.target_scale(np.asarray(rows.y), np.asarray(rows.real))
+
+
+def _state_template(plan: Any, key: Key) -> State:
+    return jax.eval_shape(plan.network.init, key, plan.prepared.rows.x[:1])[1]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _initial_state(network: Network, key: Key, x: Any) -> State:
+    return network.init(key, x[:1])[1]
+
+
+def _warn_of_units(plan: Any, state: State) -> None:
+    """Given weights that predict worse than the mean were probably trained in other units."""
+    rows = plan.prepared.rows
+    if not plan.likelihood.is_regression:
+        return
+    outputs = predictive.deterministic_outputs(plan.network, plan.weights, state, np.asarray(rows.x))
+    real = np.asarray(rows.real) > 0
+    error = np.sqrt(np.mean((outputs - np.asarray(rows.y))[real] ** 2))
+    spread = np.sqrt(np.mean(target_scale(rows) ** 2))
+    if error > 2.0 * spread:
+        warnings.warn(
+            f"the given weights predict y with an error of {error:.3g}, more than twice its spread of {spread:.3g}. If "
+            "they were trained on standardised data, pass standardize=True, or DeterministicNN.get_params(), which "
+            "remembers its units.",
+            UnitsWarning,
+            stacklevel=5,
+        )
+
+
+def how_many(network: Network, prepared: Any, template: Params, wanted: int | str, *, exact: bool) -> int:
+    """Number of backbones at the best prior scale: what is wanted, or by default more where each is cheap.
+
+    Each leaves out a row, so there are no more of them than rows.
+    """
+    if wanted != "auto":
+        return min(int(wanted), prepared.num_rows)
+    if not exact:
+        return min(SAMPLED_BACKBONES, prepared.num_rows)
+    x = prepared.rows.x
+    row = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+    analysis = jax.jit(network.apply).lower(*jax.eval_shape(network.init, _abstract_key(), row), row).cost_analysis()
+    flops = float((analysis or {}).get("flops", 0.0)) or 2.0 * trees.num_scalars(template)
+    affordable = MOST_WORK / max(1.0, 1.5 * flops * prepared.num_rows * EPOCHS_OF_WORK)
+    step = backbones.GROUP
+    count = np.clip(step * math.floor(affordable / step), SAMPLED_BACKBONES, EXACT_BACKBONES)
+    return min(int(count), prepared.num_rows)
+
+
+def is_exact(network: Network, x: Any, template: Params, choice: Any, info: Any, engine: Engine | None) -> bool:
+    """Whether the posterior above each backbone will be known in closed form, so that many of them cost little."""
+    return (engine is None or isinstance(engine, Auto | LastLayer)) and _is_linear(network, x, template, choice, info)
+
+
+def _is_linear(network: Network, x: Any, template: Params, choice: Any, info: Any) -> bool:
+    """Whether the chosen weights enter the output linearly; False where they are known only after training."""
+    if choice is None or choice.stands_alone:
+        return False
+    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0.0), leaf.shape), template)
+    partition = selectors.resolve(choice, dataclasses.replace(info, params=zeros, scores=_no_scores(info)))
+    row = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+    params, state = jax.eval_shape(network.init, _abstract_key(), row)
+    hoisted = hoist_network(network, partition, params, state, row)
+    return linearity.late_is_affine(hoisted, partition.size, hoisted.carry_avals)
+
+
+def _no_scores(info: Any):
+    return lambda name: {path: np.broadcast_to(0.0, shape) for path, shape in info.shapes.items()}
+
+
+def _abstract_key():
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def warn_of_one(num_rows: int, *, partial: bool) -> None:
+    """Warn where the intervals above a single trained network are known to cover too little."""
+    if partial and num_rows < FEW_ROWS:
+        warnings.warn(
+            f"with one backbone trained on all of {num_rows} rows, 95 % intervals are known to cover as little as a "
+            "third of new rows. Leave num_backbones at 'auto', or check coverage on rows of your own and correct it "
+            "with model.calibrate.",
+            CalibrationWarning,
+            stacklevel=3,
+        )

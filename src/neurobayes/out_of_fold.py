@@ -1,0 +1,212 @@
+"""What rows that a backbone has not seen say about the ensemble, and how wide its intervals must be.
+
+The prediction for a row by the backbones that left it out is that of a smaller
+ensemble on new data. Its error, corrected for the ensemble's size, is an
+unbiased estimate of the whole ensemble's; its likelihood decides how the
+variance between draws and backbones translates into variance of the error.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+import scipy.optimize
+import scipy.special
+
+FACTOR_SPREAD = 1.0
+"""Prior standard deviation of the logarithm of the epistemic factor: a guard for a handful of rows."""
+
+FULL_CORRECTION_ROWS = 100
+"""Rows at which half of the correction for an ensemble's size is made. It is unbiased, and with few rows so uncertain
+that the least of many corrected errors would be the luckiest."""
+
+LEAST_NOISE = 1e-3
+"""Least noise variance, as a share of the mean squared error on left-out rows."""
+
+LEAST_ERROR = 0.05
+"""Least corrected squared error, as a share of the uncorrected one; guards an estimate from few rows."""
+
+TEMPERATURES = (0.05, 20.0)
+
+STACKING = 0.5
+"""Parts are weighed by their likelihood of left-out rows to this power: the rows are predicted from much the same data,
+so a difference between parts is less certain than as many independent rows would make it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OutOfFold:
+    """How well left-out rows were predicted, and what follows for the predictive variance.
+
+    A part is a group of backbones trained with one prior scale; the first is the best.
+
+    Attributes
+    ----------
+    weights : (parts,) share of each part in the mixture; they sum to one.
+    epistemic_factor : (parts, outputs) ``a`` in ``variance = a * epistemic + b``; None for classes.
+    noise_var : (parts, outputs) ``b``, in squared working units; None for classes.
+    temperature : class probabilities are raised to one over it and renormalised; None for regression.
+    rmse : (outputs,) error expected of the first part on new rows, working units; None for classes.
+    log_score : mean log density (log probability) of the left-out rows after calibration, nats per row.
+    coverage : (outputs,) share of left-out rows inside their 95 % interval; None for classes.
+    """
+
+    weights: np.ndarray
+    epistemic_factor: np.ndarray | None
+    noise_var: np.ndarray | None
+    temperature: float | None
+    rmse: np.ndarray | None
+    log_score: float
+    coverage: np.ndarray | None
+
+
+def left_out_mean(values: np.ndarray, unseen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over the members to which a row is new, and the variance between them.
+
+    Parameters
+    ----------
+    values : (members, n, d).
+    unseen : (members, n) booleans, at least one for each row.
+
+    Returns
+    -------
+    Both ``(n, d)``. Where a row is new to fewer than two members the variance is that between all of them.
+    """
+    gate = unseen[:, :, None].astype(float)
+    count = gate.sum(axis=0)
+    mean = (values * gate).sum(axis=0) / count
+    between = (gate * (values - mean) ** 2).sum(axis=0) / np.maximum(count - 1, 1)
+    if len(values) > 1:
+        between = np.where(count > 1, between, values.var(axis=0, ddof=1))
+    return mean, between
+
+
+def expected_squared_error(
+    values: np.ndarray, unseen: np.ndarray, y: np.ndarray, num_members: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Squared error of the whole ensemble on each row as if new, the left-out mean, and the variance between members.
+
+    The mean of ``u`` members has ``between / u`` more squared error than that of infinitely many, so the error of
+    ``num_members`` is that of ``u`` less ``between * (1 / u - 1 / num_members)``: unbiased, and for a single row possibly negative.
+    """
+    mean, between = left_out_mean(values, unseen)
+    count = unseen.sum(axis=0)[:, None]
+    trust = len(y) / (len(y) + FULL_CORRECTION_ROWS)
+    surplus = np.where(count > 1, trust * between * (1.0 / np.maximum(count, 1) - 1.0 / num_members), 0.0)
+    return (mean - y) ** 2 - surplus, mean, between
+
+
+def ensemble_error(values: np.ndarray, unseen: np.ndarray, y: np.ndarray, num_members: int) -> np.ndarray:
+    """Mean squared error ``(outputs,)`` expected of ``num_members`` such members on new rows; NaN if any is."""
+    squared, mean, _ = expected_squared_error(np.asarray(values, float), unseen, y, num_members)
+    return np.maximum(squared.mean(axis=0), LEAST_ERROR * np.mean((mean - y) ** 2, axis=0))
+
+
+def ensemble_probabilities(probabilities: np.ndarray, unseen: np.ndarray) -> np.ndarray:
+    """Class probabilities ``(n, classes)`` of each row by the members to which it is new."""
+    return left_out_mean(np.asarray(probabilities, float), unseen)[0]
+
+
+def log_loss(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Mean negative log probability of the labels, in nats."""
+    picked = probabilities[np.arange(len(labels)), labels]
+    return float(-np.mean(np.log(np.maximum(picked, np.finfo(float).tiny))))
+
+
+def calibrate_variance(
+    mean: np.ndarray, variance: np.ndarray, unseen: np.ndarray, parts: np.ndarray, y: np.ndarray
+) -> OutOfFold:
+    """The factors and noise with which the intervals of left-out rows are most likely, and the weights of the parts.
+
+    Parameters
+    ----------
+    mean, variance : (members, n, outputs) predictions of every row by every member, noise not included.
+    unseen : (members, n).
+    parts : (members,) number of each member's part.
+    y : (n, outputs) targets, working units.
+    """
+    found = [_calibrate_part(mean[parts == p], variance[parts == p], unseen[parts == p], y) for p in np.unique(parts)]
+    scores = np.array([part.log_score for part in found])
+    weights = scipy.special.softmax(STACKING * len(y) * scores)
+    centres, totals = np.stack([part.centre for part in found]), np.stack([part.total for part in found])
+    centre = np.tensordot(weights, centres, 1)
+    total = np.tensordot(weights, totals + (centres - centre) ** 2, 1)
+    squared = (centre - y) ** 2
+    score = scores[0] if len(found) == 1 else np.mean(_log_score(squared, total))
+    return OutOfFold(
+        weights, np.stack([part.factor for part in found]), np.stack([part.noise_var for part in found]), None,
+        np.sqrt(found[0].mse), float(score), np.mean(squared < 1.959964**2 * total, axis=0),
+    )  # fmt: skip
+
+
+class _Part(NamedTuple):
+    """Left-out predictions of one part: ``centre`` and calibrated variance ``total``, ``(n, outputs)``."""
+
+    factor: np.ndarray
+    noise_var: np.ndarray
+    centre: np.ndarray
+    total: np.ndarray
+    mse: np.ndarray
+    log_score: float
+
+
+def _calibrate_part(mean: np.ndarray, variance: np.ndarray, unseen: np.ndarray, y: np.ndarray) -> _Part:
+    num_members = len(mean)
+    squared, centre, between = expected_squared_error(mean, unseen, y, num_members)
+    within, _ = left_out_mean(variance, unseen)
+    epistemic = within + between * (1.0 - 1.0 / num_members)  # what the variance over all members' draws will be
+    fits = [_fit_variance(epistemic[:, i], squared[:, i], (centre - y)[:, i] ** 2) for i in range(y.shape[1])]
+    factor, noise_var = (np.array(values) for values in zip(*fits, strict=True))
+    total = factor * epistemic + noise_var
+    mse = ensemble_error(mean, unseen, y, num_members)
+    return _Part(factor, noise_var, centre, total, mse, float(_log_score(squared, total).mean()))
+
+
+def _log_score(squared: np.ndarray, total: np.ndarray) -> np.ndarray:
+    return -0.5 * np.sum(np.log(2.0 * np.pi * total) + squared / total, axis=1)
+
+
+def _fit_variance(epistemic: np.ndarray, squared: np.ndarray, uncorrected: np.ndarray) -> tuple[float, float]:
+    """``(a, b)`` of ``a * epistemic + b`` maximising the Gaussian likelihood of the squared errors."""
+    mse = max(float(squared.mean()), LEAST_ERROR * float(uncorrected.mean()), 1e-30)
+    epistemic, squared = epistemic / mse, squared / mse
+
+    def negative(logs: np.ndarray) -> tuple[float, np.ndarray]:
+        a, b = np.exp(logs)
+        total = a * epistemic + b
+        slope = 0.5 * (1.0 / total - squared / total**2)
+        prior = 0.5 * (logs[0] / FACTOR_SPREAD) ** 2 / len(squared)
+        value = 0.5 * np.mean(np.log(total) + squared / total) + prior
+        pull = logs[0] / FACTOR_SPREAD**2 / len(squared)
+        return value, np.array([a * np.mean(slope * epistemic) + pull, b * np.mean(slope)])
+
+    bounds = [(-8.0, 8.0), (np.log(LEAST_NOISE), np.log(10.0))]
+    starts = [np.log([1.0, share]) for share in (1.0, 0.3, 0.03)]  # the likelihood may have two modes
+    runs = [scipy.optimize.minimize(negative, s, jac=True, method="L-BFGS-B", bounds=bounds) for s in starts]
+    best = min(runs, key=lambda run: run.fun)
+    a, b = np.exp(best.x)
+    return float(a), float(b * mse)
+
+
+def temper(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    """Class probabilities to the power of one over ``temperature``, renormalised."""
+    logs = np.log(np.maximum(np.asarray(probabilities, float), np.finfo(float).tiny)) / temperature
+    return scipy.special.softmax(logs, axis=-1)
+
+
+def calibrate_temperature(probabilities: np.ndarray, unseen: np.ndarray, labels: np.ndarray) -> OutOfFold:
+    """The temperature with which the labels of left-out rows are most likely.
+
+    Parameters
+    ----------
+    probabilities : (members, n, classes) predictions of every row by every member.
+    unseen : (members, n).
+    labels : (n,) integers.
+    """
+    left_out = ensemble_probabilities(probabilities, unseen)
+
+    def loss(log_temperature: float) -> float:
+        return log_loss(temper(left_out, float(np.exp(log_temperature))), labels)
+
+    found = scipy.optimize.minimize_scalar(loss, bounds=tuple(np.log(TEMPERATURES)), method="bounded")
+    temperature = float(np.exp(found.x)) if found.fun < loss(0.0) else 1.0
+    return OutOfFold(np.ones(1), None, None, temperature, None, -loss(np.log(temperature)), None)

@@ -1,0 +1,326 @@
+"""Backbones trained together: who leaves out what, and that what is left out is never seen."""
+
+import jax
+import numpy as np
+import pytest
+
+import neurobayes as nb
+from neurobayes import backbones, out_of_fold
+from neurobayes.data import pad_rows, row_weights
+from neurobayes.errors import TrainingError
+from neurobayes.likelihoods import Categorical, Gaussian
+from neurobayes.networks import as_network
+from neurobayes.predictive import deterministic_outputs
+from neurobayes.pretraining import PretrainingOptions
+from neurobayes.schedules import AveragingConfig
+from neurobayes.training import Rows
+
+NETWORK = as_network(nb.FlaxMLP([8], 1))
+FIXED = PretrainingOptions(epochs=20, sigma=1.0)
+SIZES = [(2, 2), (2, 4), (3, 4), (5, 4), (6, 8), (8, 4), (16, 8), (17, 8)]
+
+
+def rows_of(x, y, size=None):
+    size = len(x) if size is None else size
+    return Rows(pad_rows(x.astype(np.float32), size), pad_rows(y, size), row_weights(len(x), size))
+
+
+def regression(n=40, noise=0.1):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(n, 2))
+    return x, (np.sin(2 * x[:, :1]) + noise * rng.normal(size=(n, 1))).astype(np.float32)
+
+
+def trained(rows, options=FIXED, num_backbones=3, likelihood=None, network=NETWORK, stacked=False, **kwargs):
+    outputs = 1 if rows.y.ndim == 1 else rows.y.shape[1]
+    return backbones.train_backbones(
+        network, likelihood or Gaussian(), jax.random.key(0), rows, np.ones(outputs, np.float32), options,
+        num_backbones, stacked=stacked, **{"seed": 0, **kwargs},
+    )  # fmt: skip
+
+
+def leaves(member):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(member.params)]
+
+
+def same(first, second):
+    return all(np.array_equal(a, b) for a, b in zip(leaves(first), leaves(second), strict=True))
+
+
+@pytest.fixture(scope="module")
+def fixed():
+    return trained(rows_of(*regression()))
+
+
+@pytest.fixture(scope="module")
+def chosen():
+    """Prior scale and length chosen, other scales kept as parts."""
+    return trained(rows_of(*regression()), PretrainingOptions(epochs=30), stacked=True)
+
+
+class TestLeaveOut:
+    @pytest.mark.parametrize(("members", "parts"), SIZES)
+    @pytest.mark.parametrize("num_rows", [17, 100])
+    def test_every_row_is_left_out_and_trained_on(self, members, parts, num_rows):
+        weights = backbones.leave_out(num_rows, members, parts, seed=3)
+        assert weights.shape == (members, num_rows) and set(np.unique(weights)) == {0.0, 1.0}
+        assert ((weights == 0).sum(axis=0) >= 1).all()
+        assert (weights.sum(axis=0) >= 1).all()
+
+    @pytest.mark.parametrize(("members", "parts"), SIZES)
+    def test_shares_are_balanced(self, members, parts):
+        weights = backbones.leave_out(100, members, parts, seed=3)
+        left = (weights == 0).sum(axis=1)
+        # A group may be smaller than num_parts; a lone last member is not a group of its own.
+        groups = [min(parts, members - first) for first in range(0, members, parts)]
+        sizes = np.repeat(groups, groups)
+        sizes[sizes == 1] = min(parts, members)
+        assert (left >= 100 // sizes).all() and (left <= -(-100 // sizes)).all()
+
+    @pytest.mark.parametrize("num_rows", [1, 2, 3, 5])
+    def test_no_more_members_than_rows(self, num_rows):
+        """As many members as rows is what the models ask for at most: each leaves some out, but not all."""
+        if num_rows == 1:
+            return
+        for members in range(2, num_rows + 1):
+            weights = backbones.leave_out(num_rows, members, 4, seed=0)
+            assert (weights.sum(axis=1) >= 1).all() and ((weights == 0).any(axis=0)).all()
+            assert ((weights == 0).any(axis=1)).all()
+
+    @pytest.mark.parametrize(("members", "parts"), SIZES)
+    def test_rows_that_are_added_leave_the_others_where_they_were(self, members, parts):
+        long = backbones.leave_out(60, members, parts, seed=5)
+        for num_rows in (20, 21, 37, 59):
+            np.testing.assert_array_equal(backbones.leave_out(num_rows, members, parts, seed=5), long[:, :num_rows])
+
+    def test_groups_share_the_rows_out_between_them(self):
+        weights = backbones.leave_out(50, 8, 4, seed=0)
+        np.testing.assert_array_equal((weights[:4] == 0).sum(axis=0), 1)
+        np.testing.assert_array_equal((weights[4:] == 0).sum(axis=0), 1)
+        assert not np.array_equal(weights[:4], weights[4:])  # each group in its own way
+
+    def test_the_seed_decides(self):
+        first, again, other = (backbones.leave_out(50, 4, 4, seed=seed) for seed in (1, 1, 2))
+        np.testing.assert_array_equal(first, again)
+        assert not np.array_equal(first, other)
+
+
+class TestWhatIsLeftOut:
+    @pytest.mark.parametrize("options", [
+        FIXED, PretrainingOptions(epochs=6, sigma=None, batch_size=7),
+        PretrainingOptions(epochs=10, sigma=1.0, averaging=AveragingConfig(start_pct=0.5)),
+    ], ids=["whole", "batches", "averaged"])  # fmt: skip
+    def test_is_never_seen(self, options):
+        """A target that changes changes nothing of the members that left its row out, to the last bit."""
+        x, y = regression()
+        before = trained(rows_of(x, y, 48), options)
+        unseen = before.row_weights[:, :40] == 0
+        for row in (0, 13, 39):
+            other = y.copy()
+            other[row] += 3.0
+            after = trained(rows_of(x, other, 48), options)
+            np.testing.assert_array_equal(after.row_weights, before.row_weights)
+            for k in range(3):
+                assert same(before.members[k], after.members[k]) == unseen[k, row]
+
+    def test_padding_is_in_no_ones_share(self):
+        x, y = regression()
+        plain, padded = trained(rows_of(x, y)), trained(rows_of(x, y, 48))
+        np.testing.assert_array_equal(padded.row_weights[:, :40], plain.row_weights)
+        np.testing.assert_array_equal(padded.row_weights[:, 40:], 0.0)
+        for ours, theirs in zip(padded.members, plain.members, strict=True):
+            for a, b in zip(leaves(ours), leaves(theirs), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(padded.search.losses, plain.search.losses, rtol=1e-3)
+
+    def test_members_are_those_of_training_without_their_rows(self):
+        """Zero weight is absence: with no prior, a member is the network trained on its own rows alone."""
+        x, y = regression()
+        options = PretrainingOptions(epochs=15, sigma=None)
+        found = trained(rows_of(x, y), options, num_backbones=2)
+        keys = jax.random.split(jax.random.key(0), 2)
+        from neurobayes import training
+
+        program = training.Program(NETWORK, Gaussian())
+        from neurobayes.schedules import learning_rates
+
+        seen = found.row_weights[1] > 0
+        rows = rows_of(x[seen], y[seen])
+        settings = training.Settings(rows.real, np.float32(0), np.ones(1, np.float32))
+        alone, _ = training.train(program, keys[1], rows, settings, learning_rates=learning_rates(None, 15, 1))
+        for a, b in zip(leaves(found.members[1]), jax.tree.leaves(alone.params), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3)  # Adam hardly minds the scale of the loss
+
+
+class TestOutcome:
+    def test_fixed_options_are_kept(self, fixed):
+        assert len(fixed.members) == 3
+        np.testing.assert_array_equal(fixed.parts, 0)
+        assert fixed.sigmas == [1.0]
+        assert [(member.sigma, member.num_epochs) for member in fixed.members] == [(1.0, 20)] * 3
+        assert all(len(member.history["loss"]) == 20 for member in fixed.members)
+        assert fixed.search.losses.shape == (1, 1)
+
+    def test_members_differ(self, fixed):
+        assert not same(fixed.members[0], fixed.members[1])
+
+    def test_the_error_is_that_of_the_left_out_predictions(self, fixed):
+        x, y = regression()
+        outputs = np.stack([
+            deterministic_outputs(NETWORK, member.params, member.state, x.astype(np.float32)) for member in fixed.members
+        ])  # fmt: skip
+        expected = out_of_fold.ensemble_error(outputs, fixed.row_weights == 0, y, 3)
+        np.testing.assert_allclose(fixed.unseen_rmse, [np.sqrt(expected)], rtol=1e-4)
+        np.testing.assert_allclose(fixed.search.losses, np.mean(expected), rtol=1e-4)
+        np.testing.assert_allclose(fixed.search.unseen_rmse, fixed.unseen_rmse[0])
+
+    def test_parts_share_rows_but_not_scales(self, chosen):
+        per_part = np.bincount(chosen.parts)
+        np.testing.assert_array_equal(per_part, 3)
+        np.testing.assert_array_equal(chosen.parts, np.sort(chosen.parts))
+        assert len(set(chosen.sigmas)) == len(per_part) == len(chosen.unseen_rmse)
+        assert set(chosen.sigmas) <= set(backbones.SIGMA_GRID)
+        for part in range(len(per_part)):
+            mine = [chosen.members[k] for k in np.flatnonzero(chosen.parts == part)]
+            assert {member.sigma for member in mine} == {chosen.sigmas[part]}
+            assert len({member.num_epochs for member in mine}) == 1
+            np.testing.assert_array_equal(chosen.row_weights[chosen.parts == part], chosen.row_weights[:3])
+
+    def test_the_best_part_has_the_least_loss(self, chosen):
+        losses = chosen.search.losses
+        assert losses.shape == (len(backbones.SIGMA_GRID), len(chosen.epochs))
+        best = np.unravel_index(np.argmin(losses), losses.shape)
+        assert backbones.SIGMA_GRID[best[0]] == chosen.sigmas[0] == chosen.search.sigma
+        assert chosen.epochs[best[1]] == chosen.search.num_epochs == chosen.members[0].num_epochs
+
+    def test_a_part_is_the_ensemble_trained_for_its_length(self, chosen):
+        """Weights are kept from the look that was best: bookkeeping of looks, parts and members."""
+        x, y = regression()
+        from neurobayes import schedules, training
+
+        program = training.Program(NETWORK, Gaussian())
+        keys = jax.random.split(jax.random.key(0), 3)
+        for k in {0, len(chosen.members) - 2}:
+            member = chosen.members[k]
+            rates = schedules.learning_rates(None, 30, 1)[: member.num_epochs]
+            settings = training.Settings(
+                chosen.row_weights[k], np.float32(1 / member.sigma**2), np.ones(1, np.float32)
+            )  # fmt: skip
+            alone, _ = training.train(program, keys[k % 3], rows_of(x, y), settings, learning_rates=rates)
+            np.testing.assert_allclose(member.history["loss"], alone.history["loss"], rtol=1e-3)
+            for a, b in zip(leaves(member), jax.tree.leaves(alone.params), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3)
+
+    def test_only_the_best_where_nothing_is_stacked(self):
+        found = trained(rows_of(*regression()), PretrainingOptions(epochs=10), num_backbones=2)
+        assert len(found.members) == 2 and len(found.sigmas) == 1
+
+    def test_the_same_seed_gives_the_same(self, fixed):
+        again = trained(rows_of(*regression()))
+        assert all(same(a, b) for a, b in zip(fixed.members, again.members, strict=True))
+        other = trained(rows_of(*regression()), seed=1)
+        assert not np.array_equal(other.row_weights, fixed.row_weights)
+        assert not same(fixed.members[0], other.members[0])
+
+    @pytest.mark.parametrize("num_backbones", [2, 5])
+    def test_members_do_not_depend_on_their_group(self, num_backbones):
+        found = trained(rows_of(*regression()), num_backbones=num_backbones)
+        assert len(found.members) == num_backbones == len(found.row_weights)
+        assert len({leaves(member)[0].tobytes() for member in found.members}) == num_backbones
+
+    def test_progress_is_reported(self):
+        seen = []
+        found = trained(rows_of(*regression()), PretrainingOptions(epochs=12), num_backbones=2,
+                        on_progress=lambda *report: seen.append(report))  # fmt: skip
+        done, totals, losses = map(list, zip(*seen, strict=True))
+        assert done == sorted(done) and set(totals) == {12}
+        assert losses[-1] == found.search.losses.min()
+
+    def test_pure_noise_is_given_up_early(self):
+        rng = np.random.default_rng(0)
+        rows = rows_of(rng.normal(size=(40, 2)), rng.normal(size=(40, 1)).astype(np.float32))
+        found = trained(rows, PretrainingOptions(epochs=100), num_backbones=4)
+        assert found.search.num_epochs < 50
+        assert found.unseen_rmse[0, 0] > 0.5
+
+    def test_statistics_cover_a_share_of_the_length_that_was_chosen(self):
+        """The length is known only after the runs: statistics must not be empty where it is short."""
+        rng = np.random.default_rng(0)
+        rows = rows_of(rng.normal(size=(40, 2)), rng.normal(size=(40, 1)).astype(np.float32))
+        options = PretrainingOptions(epochs=60, track_statistics=True, burn_in=0.5)
+        found = trained(rows, options, num_backbones=2)
+        plain = trained(rows, PretrainingOptions(epochs=60), num_backbones=2)
+        for member, without in zip(found.members, plain.members, strict=True):
+            assert member.num_epochs < 30  # before statistics of the longest run would have begun
+            assert member.statistics.num_steps == member.num_epochs - member.num_epochs // 2
+            assert all((np.asarray(leaf) > 0).any() for leaf in jax.tree.leaves(member.statistics.weight_variance))
+            assert without.num_epochs == member.num_epochs
+            for a, b in zip(leaves(member), leaves(without), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+    def test_averaged_weights_are_those_that_are_judged(self):
+        x, y = regression()
+        options = PretrainingOptions(epochs=10, sigma=1.0, averaging=AveragingConfig(start_pct=0.5))
+        found = trained(rows_of(x, y), options)
+        assert {member.num_epochs for member in found.members} == {10}
+        outputs = np.stack([
+            deterministic_outputs(NETWORK, member.params, member.state, x.astype(np.float32)) for member in found.members
+        ])  # fmt: skip
+        expected = out_of_fold.ensemble_error(outputs, found.row_weights == 0, y, 3)
+        np.testing.assert_allclose(found.unseen_rmse, [np.sqrt(expected)], rtol=1e-4)
+
+    def test_rows_are_put_through_in_blocks(self, fixed, monkeypatch):
+        monkeypatch.setattr(backbones, "FORWARD_ROWS", 16)
+        network = as_network(nb.FlaxMLP([9], 1))  # whose program for one block is not there yet
+        x, y = regression()
+        found = trained(rows_of(x, y), network=network)
+        outputs = np.stack([
+            deterministic_outputs(network, member.params, member.state, x.astype(np.float32)) for member in found.members
+        ])  # fmt: skip
+        expected = out_of_fold.ensemble_error(outputs, found.row_weights == 0, y, 3)
+        np.testing.assert_allclose(found.unseen_rmse, [np.sqrt(expected)], rtol=1e-4)
+
+    def test_outputs_have_errors_of_their_own(self):
+        x, y = regression()
+        rng = np.random.default_rng(1)
+        both = np.concatenate([y, rng.normal(size=y.shape)], axis=1).astype(np.float32)
+        found = trained(rows_of(x, both), PretrainingOptions(epochs=60, sigma=3.0), network=as_network(
+            nb.FlaxMLP([8], 2)), num_backbones=4)  # fmt: skip
+        assert found.unseen_rmse.shape == (1, 2)
+        assert found.unseen_rmse[0, 0] < 0.8 * found.unseen_rmse[0, 1]
+
+    def test_classes_are_judged_by_the_log_loss_of_the_mixture(self):
+        x, _ = regression()
+        labels = (x[:, 0] > 0).astype(np.int32)
+        network = as_network(nb.FlaxMLP([8], 2))
+        found = trained(rows_of(x, labels), PretrainingOptions(epochs=30, sigma=1.0), likelihood=Categorical(),
+                        network=network)  # fmt: skip
+        outputs = np.stack([
+            deterministic_outputs(network, member.params, member.state, x.astype(np.float32)) for member in found.members
+        ]).astype(float)  # fmt: skip
+        each = np.exp(outputs) / np.exp(outputs).sum(axis=-1, keepdims=True)
+        unseen = found.row_weights == 0
+        left_out = np.stack([each[unseen[:, i], i].mean(axis=0) for i in range(40)])
+        expected = -np.mean(np.log(left_out[np.arange(40), labels]))
+        np.testing.assert_allclose(found.search.losses.min(), expected, rtol=1e-4)
+        assert found.unseen_rmse is None and expected < np.log(2)
+
+
+class TestFailure:
+    @pytest.mark.parametrize("where", ["x", "y"])
+    def test_data_that_are_not_finite(self, where):
+        x, y = regression()
+        (x if where == "x" else y)[3] = np.nan
+        with pytest.raises(TrainingError, match="never finite"):
+            trained(rows_of(x, y))
+
+    def test_a_step_size_that_is_far_too_high(self):
+        with pytest.raises(TrainingError, match="never finite"):
+            trained(rows_of(*regression()), PretrainingOptions(epochs=40, sigma=1.0, learning_rate=1e38))
+
+    def test_classes_too(self):
+        x, _ = regression()
+        x[3] = np.nan
+        with pytest.raises(TrainingError, match="never finite"):
+            trained(rows_of(x, np.arange(40, dtype=np.int32) % 2), PretrainingOptions(epochs=10), likelihood=Categorical(),
+                    network=as_network(nb.FlaxMLP([8], 2)))  # fmt: skip
