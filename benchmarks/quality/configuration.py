@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-OUR_MODEL: dict[str, Any] = {"hidden_dims": [64, 64]}
+OUR_MODEL: dict[str, Any] = {"hidden_dims": [64, 64, 64], "activation": "silu"}
 
 # What replaces the fully connected network where rows are not vectors.
 NETWORKS: dict[str, dict[str, Any]] = {

@@ -274,7 +274,12 @@ def _warnings_as_lines(console: Any) -> Iterator[list[str]]:
             console.print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
 
     with warnings.catch_warnings():
-        for category in (errors.ConvergenceWarning, errors.CalibrationWarning):
+        for category in (
+            errors.ConvergenceWarning,
+            errors.CalibrationWarning,
+            errors.UnitsWarning,
+            errors.MemoryBudgetWarning,
+        ):
             warnings.simplefilter("always", category)  # shown even where a filter of the caller hides them
         warnings.showwarning = show
         yield messages

@@ -130,7 +130,8 @@ def split_r_hat(values: np.ndarray) -> np.ndarray:
     if len(values) == 1:
         half = values.shape[1] // 2
         values = np.concatenate([values[:, :half], values[:, half : 2 * half]])
-    return np.asarray(array_stats.rhat(np.asarray(values, float), chain_axis=0, draw_axis=1))
+    with np.errstate(divide="ignore", invalid="ignore"):  # chains that never move
+        return np.asarray(array_stats.rhat(np.asarray(values, float), chain_axis=0, draw_axis=1))
 
 
 def energy_fraction(energy: np.ndarray) -> float:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.optimize
 import scipy.special
+import scipy.stats
 
 FACTOR_SPREAD = 1.0
 """Prior standard deviation of the logarithm of the epistemic factor: a guard for a handful of rows."""
@@ -25,6 +26,11 @@ LEAST_NOISE = 1e-3
 
 LEAST_ERROR = 0.05
 """Least corrected squared error, as a share of the uncorrected one; guards an estimate from few rows."""
+
+MIN_DOF = 2.0
+GAUSSIAN_DOF = 30.0
+DOF_SPREAD = 1.0
+"""Least degrees of freedom of the tails (a variance must exist), and the prior of their logarithm above it."""
 
 TEMPERATURES = (0.05, 20.0)
 
@@ -48,6 +54,8 @@ class OutOfFold:
     rmse : (outputs,) error expected of the first part on new rows, working units; None for classes.
     log_score : mean log density (log probability) of the left-out rows after calibration, nats per row.
     coverage : (outputs,) share of left-out rows inside their 95 % interval; None for classes.
+    tail : (outputs, 2) degrees of freedom and scale of the Student's t that errors over predicted standard deviations
+        follow; None for classes.
     """
 
     weights: np.ndarray
@@ -57,6 +65,7 @@ class OutOfFold:
     rmse: np.ndarray | None
     log_score: float
     coverage: np.ndarray | None
+    tail: np.ndarray | None = None
 
 
 def left_out_mean(values: np.ndarray, unseen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -132,9 +141,10 @@ def calibrate_variance(
     total = np.tensordot(weights, totals + (centres - centre) ** 2, 1)
     squared = (centre - y) ** 2
     score = scores[0] if len(found) == 1 else np.mean(_log_score(squared, total))
+    tail = np.array([_fit_tail(z) for z in ((y - centre) / np.sqrt(total)).T])
     return OutOfFold(
         weights, np.stack([part.factor for part in found]), np.stack([part.noise_var for part in found]), None,
-        np.sqrt(found[0].mse), float(score), np.mean(squared < 1.959964**2 * total, axis=0),
+        np.sqrt(found[0].mse), float(score), np.mean(squared < 1.959964**2 * total, axis=0), tail,
     )  # fmt: skip
 
 
@@ -159,6 +169,22 @@ def _calibrate_part(mean: np.ndarray, variance: np.ndarray, unseen: np.ndarray, 
     total = factor * epistemic + noise_var
     mse = ensemble_error(mean, unseen, y, num_members)
     return _Part(factor, noise_var, centre, total, mse, float(_log_score(squared, total).mean()))
+
+
+def _fit_tail(scaled: np.ndarray) -> tuple[float, float]:
+    """Degrees of freedom and scale of a Student's t for standardised errors; nearly Gaussian where rows are few."""
+
+    def negative(values: np.ndarray) -> float:
+        dof, scale = MIN_DOF + np.exp(values[0]), np.exp(values[1])
+        fit = np.sum(scipy.stats.t.logpdf(scaled / scale, dof)) - len(scaled) * values[1]
+        # The prior of the degrees of freedom is centred where the tails are those of a Gaussian for all purposes.
+        return 0.5 * ((values[0] - np.log(GAUSSIAN_DOF)) / DOF_SPREAD) ** 2 - fit
+
+    bounds = [(np.log(0.1), np.log(10.0 * GAUSSIAN_DOF)), (-3.0, 3.0)]
+    starts = [(np.log(dof), 0.0) for dof in (3.0, GAUSSIAN_DOF)]
+    runs = [scipy.optimize.minimize(negative, start, method="L-BFGS-B", bounds=bounds) for start in starts]
+    best = min(runs, key=lambda run: run.fun).x
+    return float(MIN_DOF + np.exp(best[0])), float(np.exp(best[1]))
 
 
 def _log_score(squared: np.ndarray, total: np.ndarray) -> np.ndarray:

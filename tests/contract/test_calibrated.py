@@ -207,7 +207,7 @@ FAULTS = {
         "does not change draws",
     ),
     "classes": (lambda m, c: calibrate(m, X_CAL, Y_CAL).predict_classes(X_CAL), OptionError, "predicts numbers"),
-    "unfitted": (lambda m, c: calibrate(nb.PartialBNN(m.network, num_backbones=1), X_CAL, Y_CAL), NotFittedError, "not fitted"),
+    "unfitted": (lambda m, c: calibrate(nb.PartialBNN(m.network), X_CAL, Y_CAL), NotFittedError, "not fitted"),
     "wrong_pair": (lambda m, c: CalibratedModel(c, calibrate(m, X_CAL, Y_CAL).calibration), OptionError, "is for num"),
 }  # fmt: skip
 

@@ -51,7 +51,7 @@ EACH = [outputs_of(one) for one in SOURCES]
 DRAWS = np.concatenate(EACH)
 PART_OF_DRAW = np.repeat(PARTS, COUNTS)
 # Draws of a backbone count alike, backbones of a part count alike.
-SHARES = np.concatenate([np.full(c, WEIGHTS[p] / (PARTS == p).sum() / c) for c, p in zip(COUNTS, PARTS, strict=True)])
+SHARES = np.concatenate([np.full(c, WEIGHTS[p] / (p == PARTS).sum() / c) for c, p in zip(COUNTS, PARTS, strict=True)])
 PLAIN = Mixture(SOURCES, PARTS, WEIGHTS)
 CALIBRATED = PLAIN._replace(calibration=CALIBRATION)
 

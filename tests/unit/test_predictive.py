@@ -11,7 +11,7 @@ import scipy.special
 import scipy.stats
 
 import neurobayes as nb
-from neurobayes import predictive, row_blocks, trees
+from neurobayes import mixture, predictive, row_blocks, trees
 from neurobayes.networks import as_network
 from neurobayes.partition import Partition
 from neurobayes.predictive import ClassPrediction, RegressionPrediction, Source
@@ -31,6 +31,11 @@ def source_of(partition, num_draws=37, spread=0.5):
     theta = (centre + spread * rng.normal(size=(num_draws, partition.size))).astype(np.float32)
     noise_std = rng.uniform(0.2, 1.5, size=(num_draws, 2)).astype(np.float32)
     return Source(NETWORK, partition, PARAMS, {}, theta, noise_std)
+
+
+def alone(source):
+    """One backbone as a mixture."""
+    return mixture.Mixture((source,), np.zeros(1, int), np.ones(1))
 
 
 def outputs_by_hand(source, x):
@@ -53,7 +58,7 @@ def blocks(request, monkeypatch):
     rows, draws = request.param
     monkeypatch.setattr(row_blocks, "MAX_BLOCK_ROWS", rows)
     monkeypatch.setattr(predictive, "MAX_DRAWS_PER_BLOCK", draws)
-    monkeypatch.setattr(predictive, "VALUES_PER_BLOCK", rows * draws)
+    monkeypatch.setattr(mixture, "VALUES_PER_BLOCK", rows * draws)
 
 
 @pytest.mark.parametrize("num_draws", [1, 37, 64])
@@ -139,7 +144,7 @@ def test_a_network_that_is_nan_at_a_row_of_zeros_is_safe(num_rows):
         *predictive.regression_moments(source, X[:num_rows]), *predictive.class_moments(source, X[:num_rows]),
         predictive.deterministic_outputs(network, params, {}, X[:num_rows]),
         predictive.function_draws(source, X[:num_rows], theta),
-        predictive.mixture_quantiles(source, X[:num_rows], [0.1, 0.9]),
+        mixture.quantiles(alone(source), X[:num_rows], [0.1, 0.9]),
     ]  # fmt: skip
     assert all(np.isfinite(result).all() for result in results)
 
@@ -154,7 +159,7 @@ def quantiles_by_scipy(means, noise_std, level):
 
 def test_quantiles_solve_the_mixtures_distribution_function(blocks):
     source, levels = source_of(LAST), [0.005, 0.025, 0.5, 0.9, 0.995]
-    solved = predictive.mixture_quantiles(source, X, levels)
+    solved = mixture.quantiles(alone(source), X, levels)
     assert solved.shape == (5, 50, 2)
     outputs = outputs_by_hand(source, X)
     for i, level in enumerate(levels):
@@ -167,7 +172,7 @@ def test_quantiles_solve_the_mixtures_distribution_function(blocks):
 
 def test_quantiles_of_a_single_draw_are_a_normals():
     source = source_of(LAST, 1)
-    solved = predictive.mixture_quantiles(source, X, [0.025, 0.975])
+    solved = mixture.quantiles(alone(source), X, [0.025, 0.975])
     outputs = outputs_by_hand(source, X)[0]
     for level, values in zip([0.025, 0.975], solved, strict=True):
         np.testing.assert_allclose(values, scipy.stats.norm.ppf(level, outputs, source.noise_std[0]), atol=1e-4)

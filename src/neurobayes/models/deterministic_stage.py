@@ -19,7 +19,7 @@ from ..inference.auto import Auto
 from ..inference.base import Engine
 from ..inference.last_layer import LastLayer
 from ..networks.base import Network
-from ..pretraining import Pretrained, PretrainingOptions, pretrain
+from ..pretraining import Pretrained, PretrainingOptions, default_batch_size, default_epochs, pretrain
 from . import resuming
 from .progress import Report
 
@@ -31,10 +31,9 @@ EXACT_BACKBONES = 16
 SAMPLED_BACKBONES = 4
 """Backbones by default where each needs a sampler of its own."""
 
-MOST_WORK = 4e12
-"""Multiplications of all backbones' training at most, where their number is the default; four are trained anyway."""
-
-EPOCHS_OF_WORK = 500
+MOST_WORK = 8e12
+"""Floating-point operations of all backbones' training at most, where their number is the default; some minutes on two
+cores. Four are trained anyway."""
 
 _ONE_PART = np.zeros(1, int)
 
@@ -193,7 +192,11 @@ def how_many(network: Network, prepared: Any, template: Params, wanted: int | st
     row = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
     analysis = jax.jit(network.apply).lower(*jax.eval_shape(network.init, _abstract_key(), row), row).cost_analysis()
     flops = float((analysis or {}).get("flops", 0.0)) or 2.0 * trees.num_scalars(template)
-    affordable = MOST_WORK / max(1.0, 1.5 * flops * prepared.num_rows * EPOCHS_OF_WORK)
+    steps = -(-prepared.num_rows // (default_batch_size(prepared.num_rows, None) or prepared.num_rows))
+    epochs = default_epochs(steps, backbones.MOST_EPOCHS)
+    # Forwards and backwards; half of the prior scales' runs end early.
+    work = 3.0 * flops * prepared.num_rows * epochs * 0.5 * len(backbones.SIGMA_GRID)
+    affordable = MOST_WORK / max(1.0, work)
     step = backbones.GROUP
     count = np.clip(step * math.floor(affordable / step), SAMPLED_BACKBONES, EXACT_BACKBONES)
     return min(int(count), prepared.num_rows)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import scipy.stats
 
 from .. import _checks, mixture, predictive
 from .._checks import check_fraction
@@ -118,7 +119,7 @@ class Predicting:
         return found.quantiles[ends[0]], found.quantiles[ends[1]]
 
     def log_predictive_density(
-        self, X: Any, y: Any, *, form: str = "gaussian", calibration: str | None = _SAME
+        self, X: Any, y: Any, *, form: str | None = None, calibration: str | None = _SAME
     ) -> np.ndarray:
         """Log density of each row's target (log probability of its class), ``(n,)`` in nats, in the user's units.
 
@@ -126,10 +127,12 @@ class Predicting:
         ----------
         X, y : rows and their targets, as for ``fit``.
         form : ``"gaussian"``: of a normal distribution with the predictive mean and variance; ``"mixture"``: of the
-            mixture over all draws, noise included.
+            mixture over all draws, noise included; ``"student"``: of a Student's t about the predictive mean with the
+            tails that left-out rows show. By default the last where there are left-out rows, else the mixture.
         calibration : ``"out_of_fold"`` or None, if other than the model's own.
         """
-        _checks.check_one_of("form", form, ("gaussian", "mixture"))
+        if form is not None:
+            _checks.check_one_of("form", form, ("gaussian", "mixture", "student"))
         fitted, x = self._inputs(X)
         parts = self._mixture(fitted, calibration)
         if self.num_classes is not None:
@@ -138,12 +141,18 @@ class Predicting:
             return np.log(np.maximum(probabilities[np.arange(len(x)), labels], np.finfo(float).tiny))
         targets = fitted.scaling.targets(_checks.as_targets(y, len(x), training=False)).astype(float)
         jacobian = float(np.sum(np.log(np.broadcast_to(fitted.scaling.y_std, targets.shape[1:]))))
-        if form == "mixture":
+        tail = None if parts.calibration is None else parts.calibration.tail
+        if form == "student" and tail is None:
+            raise OptionError("form='student' needs left-out rows: several backbones, and calibration='out_of_fold'.")
+        if form == "mixture" or (form is None and tail is None):
             return mixture.log_density(parts, x, targets) - jacobian
         mean, epistemic, aleatoric = mixture.regression_moments(parts, x)
-        variance = epistemic + aleatoric
-        each = (targets - mean) ** 2 / variance + np.log(2.0 * np.pi * variance)
-        return -0.5 * each.sum(axis=1) - jacobian
+        std = np.sqrt(epistemic + aleatoric)
+        if form == "gaussian" or tail is None:
+            each = scipy.stats.norm.logpdf(targets, mean, std)
+        else:
+            each = scipy.stats.t.logpdf(targets, tail[:, 0], mean, tail[:, 1] * std)
+        return each.sum(axis=1) - jacobian
 
     def calibrate(self, X_cal: Any, y_cal: Any, method: str | None = None) -> calibrated.CalibratedModel:
         """A calibrated copy, corrected by rows that were not used in ``fit``; this model is not changed.
