@@ -37,7 +37,7 @@ PARTS = 8
 
 FEW_PARTS = 4
 FEW_ROWS = 600
-"""With fewer rows it leaves out more of them, so that each is new to more backbones: the judgement is what is scarce."""
+"""With fewer rows it leaves out more of them, so that each is new to more backbones: judgement is what is scarce."""
 
 GROUP = 4
 """Backbones trained by one compiled call; groups run on different cores. The same everywhere: so are the results."""
@@ -186,8 +186,8 @@ def train_backbones(
         for params, statistics, history in runs[i].members()
     )
     return Backbones(
-        members, np.tile(weights, (len(kept), 1)), np.repeat(np.arange(len(kept)), num_backbones), num_parts, search, ends,
-        None if rmse[0] is None else np.array(rmse),
+        members, np.tile(weights, (len(kept), 1)), np.repeat(np.arange(len(kept)), num_backbones), num_parts,
+        search, ends,        None if rmse[0] is None else np.array(rmse),
     )  # fmt: skip
 
 

@@ -95,7 +95,8 @@ def expected_squared_error(
     """Squared error of the whole ensemble on each row as if new, the left-out mean, and the variance between members.
 
     The mean of ``u`` members has ``between / u`` more squared error than that of infinitely many, so the error of
-    ``num_members`` is that of ``u`` less ``between * (1 / u - 1 / num_members)``: unbiased, and for a single row possibly negative.
+    ``num_members`` is that of ``u`` less ``between * (1 / u - 1 / num_members)``: unbiased where all of that is taken
+    off, and for a single row possibly negative.
     """
     mean, between = left_out_mean(values, unseen)
     count = unseen.sum(axis=0)[:, None]

@@ -280,10 +280,14 @@ def _twin(source: Source, hoisted: Hoisted, block: np.ndarray) -> Hoisted:
 
 
 def _row_blocks(x: np.ndarray, rows: int):
-    """Blocks of at most ``rows`` rows, padded to a bucket size, each with its number of real rows."""
+    """Blocks of ``rows`` rows, or of a bucket size where there are fewer, each with its number of real rows.
+
+    The last of several blocks is as long as the others: a pool that shrinks row by row then compiles nothing.
+    """
     for first in range(0, len(x), rows):
         block = x[first : first + rows]
-        yield data.pad_rows(block, min(data.bucket_size(len(block)), max(rows, 8))), len(block)
+        size = rows if len(x) > rows else min(data.bucket_size(len(block)), max(rows, 8))
+        yield data.pad_rows(block, size), len(block)
 
 
 def _rows(source: Source, x: np.ndarray) -> int:

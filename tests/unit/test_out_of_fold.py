@@ -169,14 +169,15 @@ class TestCalibrateVariance:
     def test_scatter_between_members_counts_as_epistemic(self):
         """Members without any draws' variance, whose scatter is half of that of the truth about them."""
         rng = np.random.default_rng(0)
-        scale = np.exp(rng.normal(size=(self.NUM_ROWS, 1)))
+        scale = np.exp(0.5 * rng.normal(size=(self.NUM_ROWS, 1)))
         mean = scale * rng.normal(size=(16, self.NUM_ROWS, 1))
         y = 2.0 * scale * rng.normal(size=(self.NUM_ROWS, 1)) + 0.1 * rng.normal(size=(self.NUM_ROWS, 1))
         unseen = every_member_leaves_out(16, self.NUM_ROWS, 0.5)
         found = out_of_fold.calibrate_variance(mean, np.zeros_like(mean), unseen, np.zeros(16, int), y)
         # The whole ensemble's variance is 15/16 of the scatter, and its mean's error 4 + 1/16 of it.
         np.testing.assert_allclose(found.epistemic_factor, 65 / 15, rtol=0.2)
-        assert found.noise_var[0, 0] < 0.1
+        # Scatter known from half of the members is itself uncertain, which looks like noise.
+        assert found.noise_var[0, 0] < 0.2 * found.rmse[0] ** 2
 
     def test_a_handful_of_rows_leaves_the_factor_near_one(self):
         few = [out_of_fold.calibrate_variance(*self.case([50.0], [1e-3], 4, seed)) for seed in range(20)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -69,6 +70,9 @@ class _Opaque:
 
 ROOM_FOR_MORE = 20
 """A fit leaves room for one row in this many more, so that a second one with new rows compiles nothing."""
+
+GROWTH = 1.5
+"""How much a padded size grows that added rows have filled."""
 
 
 class Prepared(NamedTuple):
@@ -164,7 +168,8 @@ def prepare(
 
     ``scaling`` is that of given weights; None fits one, or the identity with ``standardize=False``. Rows are padded
     with room for 5 % more. Where a fit adds rows to an ``earlier`` one, (its rows, its padded size), and they fit into
-    that size, it is kept; any other fit is padded as if it were the first.
+    that size, it is kept; where they just do not, it grows by half, so that adding rows one by one compiles seldom.
+    Any other fit is padded as if it were the first.
     """
     spec = network.input_spec
     inputs = _checks.as_inputs(X, spec)
@@ -186,9 +191,11 @@ def prepare(
             + (f"num_classes={num_classes}." if classify else f"y has {wanted} columns.")
             + f" Build the network with target_dim={wanted}."
         )
-    roomy = data.bucket_size(len(inputs) + len(inputs) // ROOM_FOR_MORE)
-    added = earlier is not None and earlier[0] < len(inputs) <= earlier[1]
-    size = earlier[1] if earlier is not None and added else roomy
+    size = data.bucket_size(len(inputs) + len(inputs) // ROOM_FOR_MORE)
+    if earlier is not None and earlier[0] < len(inputs) <= earlier[1]:
+        size = earlier[1]
+    elif earlier is not None and earlier[0] < len(inputs) < GROWTH * earlier[0]:
+        size = data.bucket_size(math.ceil(GROWTH * len(inputs)))  # rows are being added: many more are likely to follow
     rows = Rows(data.pad_rows(scaled_x, size), data.pad_rows(scaled_y, size), data.row_weights(len(inputs), size))
     return Prepared(jax.device_put(rows), scaling, inputs.shape[1:], len(inputs), wanted, targets.ndim,
                     _checks.column_names(X))  # fmt: skip

@@ -108,8 +108,8 @@ def _ensemble(plan, key, seed, options, report, checkpoint) -> Stage:
         ensemble = resuming.load_backbones(checkpoint, plan.template, _state_template(plan, key))
     if ensemble is None:
         ensemble = backbones.train_backbones(
-            plan.network, plan.likelihood, key, rows, _assumed_noise(plan), options, plan.num_backbones, stacked=plan.exact,
-            seed=seed, on_progress=_reporter(report),
+            plan.network, plan.likelihood, key, rows, _assumed_noise(plan), options, plan.num_backbones,
+            stacked=plan.exact,            seed=seed, on_progress=_reporter(report),
         )  # fmt: skip
         if checkpoint is not None:
             resuming.save_backbones(checkpoint, ensemble)

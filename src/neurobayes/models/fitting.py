@@ -214,10 +214,21 @@ def run(plan: Plan, key: Key, options: PretrainingOptions, sampling: Sampling, r
     out_of_fold = None if stage.ensemble is None else _calibrate(plan, members, stage)
     seconds = {"training": trained - started, "sampling": time.perf_counter() - trained}
     return Fitted(
-        members, stage.parts, stage.ensemble, out_of_fold, _as_numpy(stage.pretrained[0]), prepared.scaling, prepared.row_shape,
-        prepared.target_ndim, combine([member.diagnostics for member in members]), seconds, len(prepared.rows.real),
-        prepared.num_rows, prepared.columns, seed,
-    )  # fmt: skip
+        members=members,
+        parts=stage.parts,
+        ensemble=stage.ensemble,
+        out_of_fold=out_of_fold,
+        pretrained=_as_numpy(stage.pretrained[0]),
+        scaling=prepared.scaling,
+        row_shape=prepared.row_shape,
+        target_ndim=prepared.target_ndim,
+        diagnostics=combine([member.diagnostics for member in members]),
+        seconds=seconds,
+        capacity=len(prepared.rows.real),
+        num_rows=prepared.num_rows,
+        columns=prepared.columns,
+        seed=seed,
+    )
 
 
 def _sample_member(
@@ -260,11 +271,12 @@ def _sample_member(
 def _calibrate(plan: Plan, members: tuple[Member, ...], stage: Stage) -> OutOfFold:
     """What the rows that each backbone left out say about the variance of the whole."""
     rows, real = plan.prepared.rows, np.asarray(plan.prepared.rows.real) > 0
-    x, y, unseen = np.asarray(rows.x)[real], np.asarray(rows.y)[real], stage.row_weights[:, real] == 0
+    y, unseen = np.asarray(rows.y)[real], stage.row_weights[:, real] == 0
     mixture = Mixture(tuple(member.source for member in members), stage.parts, np.ones(1))
     if plan.likelihood.is_regression:
-        return calibrate_variance(*member_moments(mixture, x), unseen, stage.parts, y.astype(float))
-    return calibrate_temperature(member_probabilities(mixture, x)[0], unseen, y)
+        mean, variance = (values[:, real] for values in member_moments(mixture, np.asarray(rows.x)))
+        return calibrate_variance(mean, variance, unseen, stage.parts, y.astype(float))
+    return calibrate_temperature(member_probabilities(mixture, np.asarray(rows.x))[0][:, real], unseen, y)
 
 
 def _prepare(
