@@ -194,7 +194,9 @@ def _log_score(squared: np.ndarray, total: np.ndarray) -> np.ndarray:
 
 def _fit_variance(epistemic: np.ndarray, squared: np.ndarray, uncorrected: np.ndarray) -> tuple[float, float]:
     """``(a, b)`` of ``a * epistemic + b`` maximising the Gaussian likelihood of the squared errors."""
-    mse = max(float(squared.mean()), LEAST_ERROR * float(uncorrected.mean()), 1e-30)
+    if squared.mean() < LEAST_ERROR * uncorrected.mean():  # as ``ensemble_error`` has it
+        squared = LEAST_ERROR * uncorrected
+    mse = max(float(squared.mean()), 1e-30)
     epistemic, squared = epistemic / mse, squared / mse
 
     def negative(logs: np.ndarray) -> tuple[float, np.ndarray]:

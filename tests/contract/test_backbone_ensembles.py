@@ -215,8 +215,20 @@ class TestDensity:
         for calibration in ("out_of_fold", None):
             mean, variance = multi.predict(X, calibration=calibration)
             expected = scipy.stats.norm.logpdf(y, mean, np.sqrt(variance)).sum(axis=1)
-            found = multi.log_predictive_density(X, y, calibration=calibration)
+            found = multi.log_predictive_density(X, y, form="gaussian", calibration=calibration)
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+    def test_student_form(self, multi, two_outputs):
+        X, y = two_outputs
+        mean, variance = multi.predict(X)
+        freedom, width = multi.out_of_fold.tail.T
+        expected = scipy.stats.t.logpdf(y, freedom, mean, width * np.sqrt(variance)).sum(axis=1)
+        for form in ("student", None):
+            np.testing.assert_allclose(multi.log_predictive_density(X, y, form=form), expected, rtol=1e-4, atol=1e-4)
+        with pytest.raises(OptionError, match="left-out rows"):
+            multi.log_predictive_density(X, y, form="student", calibration=None)
+        plain = multi.log_predictive_density(X, y, form="mixture", calibration=None)
+        np.testing.assert_array_equal(multi.log_predictive_density(X, y, calibration=None), plain)
 
     def test_mixture_form(self, sampled, data):
         X, y = data
@@ -239,17 +251,17 @@ class TestDensity:
             sampled.log_predictive_density(X, y, form="mixture"), expected, rtol=1e-4, atol=1e-3
         )  # fmt: skip
 
-    @pytest.mark.parametrize("form", ["gaussian", "mixture"])
+    @pytest.mark.parametrize("form", [None, "gaussian", "mixture"])
     def test_integrates_to_one_in_the_users_units(self, model, new_rows, form):
         mean, variance = model.predict(new_rows[:1])
-        grid = mean[0] + np.sqrt(variance[0]) * np.linspace(-12, 12, 801)
-        rows = np.broadcast_to(new_rows[:1], (801, 3))
+        grid = mean[0] + np.sqrt(variance[0]) * np.linspace(-40, 40, 2001)
+        rows = np.broadcast_to(new_rows[:1], (2001, 3))
         density = np.exp(model.log_predictive_density(rows, grid, form=form))
         np.testing.assert_allclose(np.trapezoid(density, grid), 1.0, rtol=5e-3)
 
     def test_intervals_hold_their_share_of_the_draws(self, model, new_rows):
-        low, high = model.predict_interval(new_rows, 0.8)
-        draws = model.sample_from_posterior(new_rows, 3000, seed=3)
+        low, high = model.predict_interval(new_rows, 0.8, calibration=None)
+        draws = model.sample_from_posterior(new_rows, 3000, seed=3, calibration=None)
         np.testing.assert_allclose(np.mean((low < draws) & (draws < high)), 0.8, atol=0.02)
 
     def test_of_a_class_is_its_log_probability(self, classes, three_classes):
@@ -350,6 +362,7 @@ class TestAgain:
 
     def test_killed_after_each_stage(self, sampled, data, tmp_path, monkeypatch):
         """Dead once within training, once after it, once after the first backbone's draws; then to the end."""
+
         class Dead(BaseException):
             pass
 
@@ -420,6 +433,13 @@ class TestAgain:
         further = fit(X[:70], y[:70], options={**EXACT, "warm_start": True}, model=warm)
         np.testing.assert_array_equal(left_out(further, 70), after[:, :70])
 
+    def test_other_rows_cannot_be_continued_with(self, model, data):
+        """Which rows a backbone has seen goes by their place."""
+        X, y = (part[::-1] for part in data)
+        with pytest.raises(OptionError, match="in their order"):
+            fit(X, y, options={**EXACT, "warm_start": model}, model=nb.PartialBNN(
+                nb.FlaxMLP([8], 1), num_probabilistic_layers=1))  # fmt: skip
+
     def test_a_sampled_model_continued(self, sampled, data):
         X, y = (np.concatenate([part, part[:3] + 0.1]) for part in data)
         warm = fit(X, y, options={**SAMPLED, "warm_start": sampled}, num_backbones=2)
@@ -480,7 +500,7 @@ class TestNumber:
 
     def test_other_bad_options(self, model, classes, new_rows, data):
         with pytest.raises(OptionError, match="form"):
-            model.log_predictive_density(*data, form="student")
+            model.log_predictive_density(*data, form="cauchy")
         with pytest.raises(OptionError, match="regression"):
             classes.predict_interval(np.zeros((2, 4)))
         with pytest.raises(DataError):

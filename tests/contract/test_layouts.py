@@ -28,7 +28,7 @@ SCRIPT = textwrap.dedent("""
     draws = {}
     for layout in sys.argv[4:]:
         method, chains = layout.split("-")
-        model = nb.PartialBNN(nb.FlaxMLP([6, 4], 1)).fit(
+        model = nb.PartialBNN(nb.FlaxMLP([6, 4], 1), num_backbones=1).fit(
             X, y, num_warmup=40, num_samples=30, num_chains=int(chains), chain_method=method, engine="nuts",
             sgd_epochs=20, map_sigma=1.0, seed=4, progress_bar=False,
         )

@@ -195,7 +195,7 @@ def test_automatic_choices_survive(tmp_path, monkeypatch):
     model = {"model": nb.PartialBNN(nb.FlaxMLP([4], 1), bayesian=nb.top(3, by="swag_variance"), num_backbones=1),
              "swa_config": {"start_pct": 0.5}, "num_warmup": 10}  # fmt: skip
     first = long_run.fit(tmp_path, 10, **model)
-    monkeypatch.setattr("neurobayes.models.fitting.pretrain", None)  # the trained weights come from the folder
+    monkeypatch.setattr("neurobayes.models.deterministic_stage.pretrain", None)  # trained weights are in the folder
     again = long_run.fit(tmp_path, 10, **{**model, "model": nb.PartialBNN(nb.FlaxMLP([4], 1), bayesian=nb.top(
         3, by="swag_variance"), num_backbones=1)})  # fmt: skip
     assert again.partition.counts() == first.partition.counts()
@@ -206,7 +206,7 @@ def test_automatic_choices_survive(tmp_path, monkeypatch):
 def test_the_search_is_kept_too(tmp_path, monkeypatch):
     options = {**long_run.OPTIONS, "map_sigma": "auto", "num_warmup": 10, "num_samples": 10}
     first = nb.PartialBNN(nb.FlaxMLP([4], 1), num_backbones=1).fit(*long_run.data(), checkpoint_dir=tmp_path, **options)
-    monkeypatch.setattr("neurobayes.models.fitting.pretrain", None)
+    monkeypatch.setattr("neurobayes.models.deterministic_stage.pretrain", None)
     again = nb.PartialBNN(nb.FlaxMLP([4], 1), num_backbones=1).fit(*long_run.data(), checkpoint_dir=tmp_path, **options)
     np.testing.assert_array_equal(again.posterior.draws, first.posterior.draws)
     ours, theirs = again.pretraining.search, first.pretraining.search

@@ -31,7 +31,6 @@ def given():
 
 
 class TestLeftOutMean:
-
     def test_is_that_of_a_plain_loop(self, given):
         values, unseen = given
         mean, between = out_of_fold.left_out_mean(values, unseen)

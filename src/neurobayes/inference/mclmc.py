@@ -97,7 +97,8 @@ class MCLMC(Engine):
         started = time.perf_counter()
         _blackjax.load("engine='mclmc'")
         key_mass, key_chains, key_draw = _split(key)
-        form, terms, start = log_density.form, log_density.terms, np.asarray(start, np.float32)
+        form, start = log_density.form, np.asarray(start, np.float32)
+        terms = jax.device_put(log_density.terms)  # once, and not in every call
         mass = np.ones_like(start)
         if self.initial_mass == "curvature":
             mass = np.asarray(inverse_mass(log_density.form, key_mass, start, terms, False))

@@ -83,7 +83,8 @@ class NUTS(Engine):
         control: RunControl = RunControl(),  # noqa: B008 - frozen
     ) -> Posterior:
         started = time.perf_counter()
-        form, terms, start = log_density.form, log_density.terms, np.asarray(start, np.float32)
+        form, start = log_density.form, np.asarray(start, np.float32)
+        terms = jax.device_put(log_density.terms)  # once, and not in every call
         collapsed = require_collapsed(log_density, "NUTS") if self.collapse else None
         completion = None if collapsed is None else Completion(collapsed, jax.random.fold_in(key, 2), terms)
         kept = np.arange(len(start)) if collapsed is None else collapsed.kept_indices

@@ -9,7 +9,7 @@ from .partial_bnn import PartialBNN
 class BNN(PartialBNN):
     """A network all of whose weights are Bayesian.
 
-    Same as ``PartialBNN(network, bayesian=nb.everything(), prior_mean="zero")``: the
+    Same as ``PartialBNN(network, bayesian=nb.everything(), prior_mean="zero", num_backbones=1)``: the
     prior is centred at zero, so that the trained weights are only where the
     sampler starts and the data are used once. Nothing is left deterministic, so
     one backbone is all there is.

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from .. import backbones, linearity, predictive, priors, selectors, trees
+from .. import backbones, linearity, out_of_fold, predictive, priors, selectors, trees
 from .._typing import Key, Params, State
 from ..backbones import Backbones
 from ..checkpoint import Checkpoint
-from ..errors import CalibrationWarning, UnitsWarning
+from ..errors import CalibrationWarning, OptionError, UnitsWarning
 from ..hoisting import hoist_network
 from ..inference.auto import Auto
 from ..inference.base import Engine
-from ..inference.last_layer import LastLayer
+from ..inference.last_layer import MAX_SCALARS, LastLayer
 from ..networks.base import Network
 from ..pretraining import Pretrained, PretrainingOptions, default_batch_size, default_epochs, pretrain
 from . import resuming
@@ -126,6 +126,12 @@ def _continued(plan: Any, real: np.ndarray, seed: int) -> Stage:
     those where they were. Rows that are not the earlier ones may have been seen by any backbone.
     """
     earlier = plan.warm
+    common = min(earlier.num_rows, plan.prepared.num_rows)
+    if earlier.ensemble is not None and np.any(row_hashes(plan.prepared)[:common] != earlier.row_hashes[:common]):
+        raise OptionError(
+            f"warm_start keeps which rows each of {len(earlier.members)} backbones has seen, so X must begin with the "
+            f"{earlier.num_rows} rows of the earlier fit, in their order; new ones come after them. Otherwise fit anew."
+        )
     params = [member.source.params for member in earlier.members]
     state, weights, ensemble = earlier.members[0].source.state, real[None], earlier.ensemble
     if ensemble is not None:
@@ -133,8 +139,33 @@ def _continued(plan: Any, real: np.ndarray, seed: int) -> Stage:
         count = len(params) // (int(earlier.parts.max()) + 1)
         left = backbones.leave_out(int(real.sum()), count, ensemble.num_parts, earlier.seed)
         shares[:, real > 0] = np.tile(left, (len(params) // count, 1))  # the same in every part
-        weights, ensemble = shares, dataclasses.replace(ensemble, row_weights=shares)
+        weights = shares
+        rmse = ensemble.unseen_rmse
+        if rmse is not None:
+            rmse = _unseen_rmse(plan, params, state, shares, earlier.parts)
+        ensemble = dataclasses.replace(ensemble, row_weights=shares, unseen_rmse=rmse)
     return Stage(params, state, [None] * len(params), weights, earlier.parts, ensemble)
+
+
+def row_hashes(prepared: Any) -> np.ndarray:
+    """A number for each training row, ``(rows,)``, which another row will hardly share."""
+    n = prepared.num_rows
+    columns = [np.asarray(values)[:n].reshape(n, -1).astype(np.float32) for values in prepared.rows[:2]]
+    bits = np.concatenate(columns, axis=1).view(np.uint32).astype(np.uint64)
+    factors = np.random.default_rng(0).integers(1, 2**63, bits.shape[1], dtype=np.uint64) | np.uint64(1)
+    return (bits * factors).sum(axis=1, dtype=np.uint64)  # modulo 2**64
+
+
+def _unseen_rmse(plan: Any, params: list[Params], state: State, weights: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """Error of each part's networks on the rows that each has not seen, ``(parts, outputs)``, working units."""
+    rows, real = plan.prepared.rows, np.asarray(plan.prepared.rows.real) > 0
+    x, y = np.asarray(rows.x), np.asarray(rows.y, float)[real]
+    outputs = np.stack([predictive.deterministic_outputs(plan.network, each, state, x)[real] for each in params])
+    unseen = weights[:, real] == 0
+    return np.sqrt([
+        out_of_fold.ensemble_error(outputs[parts == p], unseen[parts == p], y, int(np.sum(parts == p)))
+        for p in np.unique(parts)
+    ])  # fmt: skip
 
 
 def _reporter(report: Report):
@@ -216,7 +247,7 @@ def _is_linear(network: Network, x: Any, template: Params, choice: Any, info: An
     row = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
     params, state = jax.eval_shape(network.init, _abstract_key(), row)
     hoisted = hoist_network(network, partition, params, state, row)
-    return linearity.late_is_affine(hoisted, partition.size, hoisted.carry_avals)
+    return partition.size <= MAX_SCALARS and linearity.late_is_affine(hoisted, partition.size, hoisted.carry_avals)
 
 
 def _no_scores(info: Any):

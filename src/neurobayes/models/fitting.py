@@ -70,6 +70,7 @@ class Fitted:
     num_rows: int
     columns: tuple[str, ...] | None
     seed: int
+    row_hashes: np.ndarray
 
     @property
     def mixture(self) -> Mixture:
@@ -228,6 +229,7 @@ def run(plan: Plan, key: Key, options: PretrainingOptions, sampling: Sampling, r
         num_rows=prepared.num_rows,
         columns=prepared.columns,
         seed=seed,
+        row_hashes=deterministic_stage.row_hashes(prepared),
     )
 
 

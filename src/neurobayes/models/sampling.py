@@ -85,6 +85,7 @@ class Sampling:
     until: Until | None = None
     seconds: float | None = None
     checkpoint_dir: str | os.PathLike | None = None
+    num_backbones: int = 1
 
     @classmethod
     def from_user(
@@ -121,6 +122,7 @@ class Sampling:
             num_samples=max(LEAST_SAMPLES, -(-self.num_samples // num_backbones)),
             seconds=None if self.seconds is None else self.seconds / num_backbones,
             until=until,
+            num_backbones=num_backbones,
         )
 
     @property
@@ -128,7 +130,8 @@ class Sampling:
         """Independent draws of each chain with which every stopping rule holds; None without a rule."""
         if self.until is None and self.seconds is None:
             return None
-        return max(DEFAULT_SAMPLES, 0 if self.until is None else int(self.until.ess) + 1)
+        wanted = 0.0 if self.until is None else self.until.ess
+        return max(-(-DEFAULT_SAMPLES // self.num_backbones), int(wanted) + 1)
 
 
 def engine_config(engine: Any, chain_method: str) -> Engine:
