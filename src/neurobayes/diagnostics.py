@@ -65,10 +65,10 @@ def combine(parts: Sequence[Diagnostics]) -> Diagnostics:
     if len(parts) == 1:
         return parts[0]
     worst = min(range(len(parts)), key=lambda k: (parts[k].ok, parts[k].ess_bulk))
-    verdict = parts[worst].verdict
+    verdict = f"{parts[worst].verdict} The other {len(parts) - 1} backbones are no worse."
     if not parts[worst].ok:
         failed = sum(not part.ok for part in parts)
-        verdict = f"{failed} of {len(parts)} backbones need attention. The worst: {verdict}"
+        verdict = f"{failed} of {len(parts)} backbones need attention. The worst: {parts[worst].verdict}"
     return dataclasses.replace(
         parts[worst],
         ess_bulk=sum(part.ess_bulk for part in parts),

@@ -31,6 +31,9 @@ EXACT_BACKBONES = 16
 SAMPLED_BACKBONES = 4
 """Backbones by default where each needs a sampler of its own."""
 
+MANY_SAMPLED = 1000
+"""With more Bayesian weights than this to sample, two backbones by default: sampling is slow, and much is random."""
+
 MOST_WORK = 8e12
 """Floating-point operations of all backbones' training at most, where their number is the default; some minutes on two
 cores. Four are trained anyway."""
@@ -210,15 +213,42 @@ def _warn_of_units(plan: Any, state: State) -> None:
         )
 
 
-def how_many(network: Network, prepared: Any, template: Params, wanted: int | str, *, exact: bool) -> int:
-    """Number of backbones at the best prior scale: what is wanted, or by default more where each is cheap.
+class Bayesian(NamedTuple):
+    """What is known before training of the Bayesian part: how many weights, and whether their posterior is exact."""
+
+    size: int
+    exact: bool
+
+
+def foresee(
+    network: Network, x: Any, template: Params, choice: selectors.Selector | None, config: Any, info: Any,
+    engine: Engine | None, *, regression: bool,
+) -> Bayesian:  # fmt: skip
+    """The size of the Bayesian part, and whether its posterior will be known in closed form above each backbone."""
+    selected = 0 if config is None else len(config.layer_names or ()) * config.num_pairs_per_layer
+    if choice is None or choice.stands_alone:
+        return Bayesian(selected, False)
+    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0.0), leaf.shape), template)
+    partition = selectors.resolve(choice, dataclasses.replace(info, params=zeros, scores=_no_scores(info)))
+    solvable = regression and (engine is None or isinstance(engine, Auto | LastLayer))
+    if not solvable or config is not None or partition.size > MAX_SCALARS:
+        return Bayesian(partition.size + selected, False)
+    row = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+    params, state = jax.eval_shape(network.init, _abstract_key(), row)
+    hoisted = hoist_network(network, partition, params, state, row)
+    return Bayesian(partition.size, linearity.late_is_affine(hoisted, partition.size, hoisted.carry_avals))
+
+
+def how_many(network: Network, prepared: Any, template: Params, wanted: int | str, bayesian: Bayesian) -> int:
+    """Number of backbones for each prior scale: what is wanted, or by default more where each is cheap.
 
     Each leaves out a row, so there are no more of them than rows.
     """
     if wanted != "auto":
         return min(int(wanted), prepared.num_rows)
-    if not exact:
-        return min(SAMPLED_BACKBONES, prepared.num_rows)
+    if not bayesian.exact:
+        few = bayesian.size > MANY_SAMPLED
+        return min(2 if few else SAMPLED_BACKBONES, prepared.num_rows)
     x = prepared.rows.x
     row = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
     analysis = jax.jit(network.apply).lower(*jax.eval_shape(network.init, _abstract_key(), row), row).cost_analysis()
@@ -231,23 +261,6 @@ def how_many(network: Network, prepared: Any, template: Params, wanted: int | st
     step = backbones.GROUP
     count = np.clip(step * math.floor(affordable / step), SAMPLED_BACKBONES, EXACT_BACKBONES)
     return min(int(count), prepared.num_rows)
-
-
-def is_exact(network: Network, x: Any, template: Params, choice: Any, info: Any, engine: Engine | None) -> bool:
-    """Whether the posterior above each backbone will be known in closed form, so that many of them cost little."""
-    return (engine is None or isinstance(engine, Auto | LastLayer)) and _is_linear(network, x, template, choice, info)
-
-
-def _is_linear(network: Network, x: Any, template: Params, choice: Any, info: Any) -> bool:
-    """Whether the chosen weights enter the output linearly; False where they are known only after training."""
-    if choice is None or choice.stands_alone:
-        return False
-    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0.0), leaf.shape), template)
-    partition = selectors.resolve(choice, dataclasses.replace(info, params=zeros, scores=_no_scores(info)))
-    row = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
-    params, state = jax.eval_shape(network.init, _abstract_key(), row)
-    hoisted = hoist_network(network, partition, params, state, row)
-    return partition.size <= MAX_SCALARS and linearity.late_is_affine(hoisted, partition.size, hoisted.carry_avals)
 
 
 def _no_scores(info: Any):

@@ -182,16 +182,16 @@ def make_plan(
             "'laplace_variance'."
         )
     regression = num_classes is None
-    exact = regression and deterministic_stage.is_exact(
-        network, prepared.rows.x, template, choice if config is None else None, info, engine
+    bayesian = deterministic_stage.foresee(
+        network, prepared.rows.x, template, choice, config, info, engine, regression=regression
     )
     count = 1
     if weights is None:
-        count = deterministic_stage.how_many(network, prepared, template, num_backbones, exact=exact)
+        count = deterministic_stage.how_many(network, prepared, template, num_backbones, bayesian)
     return Plan(
         network, prepared, Gaussian() if regression else Categorical(), choice, config, weights, statistics,
         bool(asked), noise_prior, noise_is_default, prior_mean, priors_sigma, learns_prior,
-        template, count, exact,
+        template, count, bayesian.exact,
         previous if warm else None,
     )  # fmt: skip
 
@@ -206,7 +206,7 @@ def run(plan: Plan, key: Key, options: PretrainingOptions, sampling: Sampling, r
         checkpoint = Checkpoint(sampling.checkpoint_dir, resuming.run_identity(plan, key, options, sampling))
     stage = deterministic_stage.train(plan, key_train, seed, options, report, checkpoint)
     trained = time.perf_counter()
-    share = sampling.shared(len(stage.params))
+    share = sampling.shared(len(stage.params), exact=plan.exact)
     members = tuple(
         _sample_member(plan, stage, k, key_train, key_sample, share, report, checkpoint)
         for k in range(len(stage.params))

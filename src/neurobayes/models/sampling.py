@@ -1,6 +1,7 @@
 """The sampling stage of a fit: options, stopping rules, checkpoints, and the verdict on the draws."""
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Callable
@@ -110,8 +111,12 @@ class Sampling:
         config = engine_config(engine, chain_method)
         return cls(config, num_warmup, num_samples, num_chains, rule, seconds, checkpoint_dir)
 
-    def shared(self, num_backbones: int) -> "Sampling":
-        """What each of several backbones does, so that together they make as many draws as one alone would."""
+    def shared(self, num_backbones: int, *, exact: bool) -> "Sampling":
+        """What each of several backbones does.
+
+        Exact draws are shared out, so that all together make as many as one alone would. Chains must show that they
+        have converged, so each makes more than its share: the draws over the square root of the number.
+        """
         if num_backbones == 1:
             return self
         until = self.until
@@ -119,7 +124,9 @@ class Sampling:
             until = dataclasses.replace(until, ess=until.ess / num_backbones)
         return dataclasses.replace(
             self,
-            num_samples=max(LEAST_SAMPLES, -(-self.num_samples // num_backbones)),
+            num_samples=max(
+                LEAST_SAMPLES, math.ceil(self.num_samples / (num_backbones if exact else num_backbones**0.5))
+            ),
             seconds=None if self.seconds is None else self.seconds / num_backbones,
             until=until,
             num_backbones=num_backbones,
