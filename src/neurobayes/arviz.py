@@ -4,6 +4,7 @@ Vehtari, Gelman & Gabry (2017), "Practical Bayesian model evaluation using leave
 WAIC", Statistics and Computing 27, doi:10.1007/s11222-016-9696-4.
 """
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +24,7 @@ _STAT_NAMES = {"num_steps": "n_steps", "accept_prob": "acceptance_rate"}
 def to_arviz(model: PartialBNN, X: Any = None, y: Any = None, *, seed: int | None = None) -> "DataTree":
     """A fitted model as an ArviZ ``DataTree``; everything is in the user's units.
 
-    A model keeps no data, so whatever depends on rows needs them here; leave-one-out cross-validation needs the
+    Several backbones are so many more chains, which count alike here and are not calibrated. A model keeps no data, so whatever depends on rows needs them here; leave-one-out cross-validation needs the
     training rows.
 
     Parameters
@@ -69,7 +70,10 @@ def to_arviz(model: PartialBNN, X: Any = None, y: Any = None, *, seed: int | Non
     if X is not None:
         groups |= _by_row(model, X, y, seed)
         dims["y"] = ["row", "output"][: np.ndim(groups["posterior_predictive"]["y"]) - 2]
-    return arviz_base.from_dict(groups, dims=dims, attrs={"/": {"inference_library": "neurobayes"}})
+    with warnings.catch_warnings():
+        # Many backbones with a few exact draws each are more chains than draws.
+        warnings.filterwarnings("ignore", message="Found chain dimension to be longer than draw dimension")
+        return arviz_base.from_dict(groups, dims=dims, attrs={"/": {"inference_library": "neurobayes"}})
 
 
 def _sample_stats(model: PartialBNN) -> dict[str, np.ndarray]:
