@@ -24,8 +24,8 @@ _STAT_NAMES = {"num_steps": "n_steps", "accept_prob": "acceptance_rate"}
 def to_arviz(model: PartialBNN, X: Any = None, y: Any = None, *, seed: int | None = None) -> "DataTree":
     """A fitted model as an ArviZ ``DataTree``; everything is in the user's units.
 
-    Several backbones are so many more chains, which count alike here and are not calibrated. A model keeps no data, so whatever depends on rows needs them here; leave-one-out cross-validation needs the
-    training rows.
+    Several backbones are so many more chains, which count alike here and are not calibrated. A model keeps no data, so
+    whatever depends on rows needs them here; leave-one-out cross-validation needs the training rows.
 
     Parameters
     ----------
