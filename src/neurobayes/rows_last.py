@@ -93,6 +93,7 @@ def with_rows_last(hoisted: Hoisted, twin: Hoisted, quantity: Callable[[Array], 
             return [leaf if axis is None else jnp.moveaxis(leaf, axis, -1) for leaf, axis in pairs]
 
         def function(theta: Array, carry: Sequence[Any]) -> Array:
+            theta = jnp.asarray(theta, jnp.float32)  # as traced; draws made in double precision are not
             inputs = [_Value(array, axis) for array, axis in zip([theta, *carry], axes, strict=True)]
             (value,) = rewriting.evaluate(closed.jaxpr, other, closed.consts, inputs)
             if value.axis != 0:

@@ -13,7 +13,7 @@ import scipy.optimize
 import scipy.stats
 
 import neurobayes as nb
-from neurobayes import predictive
+from neurobayes import mixture, predictive
 
 pytestmark = pytest.mark.filterwarnings("ignore:Do not trust these draws yet:neurobayes.errors.ConvergenceWarning")
 
@@ -288,7 +288,7 @@ def test_predictions_in_blocks_equal_those_in_one(fitted, classifier, regression
     probabilities, entropy = classifier.predict(tokens)
     monkeypatch.setattr(predictive, "rows_per_block", lambda *args: 16)
     monkeypatch.setattr(predictive, "MAX_DRAWS_PER_BLOCK", 7)  # 100 draws: the last block is short
-    monkeypatch.setattr(predictive, "VALUES_PER_BLOCK", 2000)
+    monkeypatch.setattr(mixture, "VALUES_PER_BLOCK", 2000)
     blocks = fitted.posterior_predictive(X, quantiles=[0.1])
     for name in ("mean", "epistemic_var", "aleatoric_var"):
         np.testing.assert_allclose(getattr(blocks, name), getattr(whole, name), rtol=1e-4, atol=1e-6)
