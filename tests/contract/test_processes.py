@@ -13,6 +13,8 @@ import pytest
 import neurobayes as nb
 
 TIME_LIMIT = 400
+
+pytestmark = pytest.mark.slow  # five processes, each of which imports and compiles everything
 SCRIPT = textwrap.dedent("""
     import sys, warnings
     import jax
@@ -95,7 +97,7 @@ def alone(regression, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("num_devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_devices", [1, 2])
 def test_two_processes_draw_what_one_draws(regression, alone, tmp_path, num_devices):
     np.savez(tmp_path / "data.npz", X=regression[0], y=regression[1])
     address = f"127.0.0.1:{free_port()}"
