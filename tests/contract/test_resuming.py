@@ -273,7 +273,7 @@ def test_the_pause_between_saves_grows_with_the_run(monkeypatch):
             saves.append(clock[0])
 
     class Still:
-        state = np.zeros((1, 1))
+        state, waits = np.zeros((1, 1)), False
 
         def dispatch(self, num_steps, sampling):
             clock[0] += 0.5

@@ -135,6 +135,8 @@ def test_exact_draws_are_no_more_than_a_rule_needs(network, data):
 class Chains:
     """Chains that only count, for what happens between chunks."""
 
+    waits = False
+
     def __init__(self, finite=True):
         self.state, self.finite = np.zeros((1, 1)), finite
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from .. import checkpoint as checkpoints
+from .._threads import side_by_side
 from ..errors import ConvergenceWarning, TrainingError
 from .base import RunControl
 
@@ -27,9 +28,10 @@ SHARE_BETWEEN_CHECKPOINTS = 0.01
 
 
 class Group(Protocol):
-    """Chains that advance together in one compiled program."""
+    """Chains that advance together in one compiled program; where it ``waits`` no other group runs meanwhile."""
 
     state: Any
+    waits: bool
 
     def dispatch(self, num_steps: int, sampling: bool) -> Any:
         """Start ``num_steps <= CHUNK`` iterations and return at once: (state, positions, reports), padded to CHUNK."""
@@ -44,7 +46,7 @@ class Group(Protocol):
 class Chains:
     """A ``Group``: what advances it, its state, and the part of the state that is finite while it is healthy.
 
-    ``advance(state, num_steps, sampling)`` is a compiled program; with ``waits`` no other group runs meanwhile.
+    ``advance(state, num_steps, sampling)`` is a compiled program.
     """
 
     advance: Callable[[Any, np.int32, bool], Any]
@@ -53,8 +55,7 @@ class Chains:
     waits: bool = False
 
     def dispatch(self, num_steps: int, sampling: bool) -> Any:
-        started = self.advance(self.state, np.int32(num_steps), sampling)
-        return jax.block_until_ready(started) if self.waits else started
+        return self.advance(self.state, np.int32(num_steps), sampling)
 
     def is_healthy(self, state: Any) -> bool:
         return bool(np.all(np.isfinite(np.asarray(self.density(state)))))
@@ -163,8 +164,7 @@ class _Run:
 
     def _chunk(self, stage: str, size: int) -> None:
         sampling = stage == "sampling"
-        pending = [group.dispatch(size, sampling) for group in self.groups]  # several devices work side by side
-        jax.block_until_ready(pending)
+        pending = self._advanced(size, sampling)
         if sampling:
             parts = [{"position": np.asarray(x)[:, :size], **_cut(reports, size)} for _, x, reports in pending]
             chunk = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -174,6 +174,20 @@ class _Run:
             group.state = state
         self.counters[stage] += size
         self.unsaved_work = True
+
+    def _advanced(self, size: int, sampling: bool) -> list[Any]:
+        """What every group's next iterations give, on all devices and cores."""
+
+        def advance(group: Group) -> Any:
+            return jax.block_until_ready(group.dispatch(size, sampling))
+
+        if any(group.waits for group in self.groups):
+            return [advance(group) for group in self.groups]
+        if jax.default_backend() != "cpu":
+            return jax.block_until_ready([group.dispatch(size, sampling) for group in self.groups])
+        # A CPU may run a whole program within the call that starts it, so each call has a thread of its own.
+        compiled = max(self.counters["warm-up"], self.counters["sampling"]) > 0
+        return side_by_side(advance, ((group,) for group in self.groups), compiled=compiled)
 
     def _save(self, *, force: bool) -> None:
         if self.control.checkpoint is None or not self.unsaved_work:

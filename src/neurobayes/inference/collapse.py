@@ -12,12 +12,14 @@ other. Each draw of ``(h, noise)`` is completed by one exact draw of ``w``.
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .. import linearity
+from .._threads import side_by_side
 from .._typing import Array, Key
 from ..errors import OptionError
 from ..likelihoods import Gaussian
@@ -190,17 +192,13 @@ class Completion:
         missing = -num_draws % DRAWS_PER_CALL  # one compiled program serves every number of draws
         padded = np.pad(positions, ((0, 0), (0, missing), (0, 0)), mode="edge")
         firsts = range(0, num_draws, DRAWS_PER_CALL)
-        calls = [
-            [
-                _complete_draws(
-                    self.form, self.key, (chain, first), of_chain[first : first + DRAWS_PER_CALL], self.terms
-                )
-                for first in firsts
-            ]
-            for chain, of_chain in enumerate(padded)
-        ]  # started together, on all cores
-        parts = [np.concatenate([np.asarray(part) for part in of_chain]) for of_chain in calls]
-        return np.stack(parts)[:, :num_draws].reshape(num_chains, num_draws, -1)
+
+        def complete(chain: int, first: int) -> np.ndarray:
+            some = padded[chain, first : first + DRAWS_PER_CALL]
+            return np.asarray(_complete_draws(self.form, self.key, (chain, first), some, self.terms))
+
+        parts = side_by_side(complete, itertools.product(range(num_chains), firsts))
+        return np.concatenate(parts).reshape(num_chains, num_draws + missing, -1)[:, :num_draws]
 
     def judging(self, control: RunControl) -> RunControl:
         """``control`` whose stopping rule sees full positions."""
