@@ -213,7 +213,9 @@ def _check_target_rows(shape: Shape, num_rows: int, training: bool, name: str) -
         raise DataError(f"training needs at least 2 rows, but X and {name} have {num_rows}.")
 
 
-def as_targets(y: Any, num_rows: int, *, training: bool = True, name: str = "y") -> np.ndarray:
+def as_targets(
+    y: Any, num_rows: int, *, training: bool = True, name: str = "y", num_outputs: int | None = None
+) -> np.ndarray:
     """Regression targets as float64, shape ``(n,)`` or ``(n, d)`` as given.
 
     Parameters
@@ -222,15 +224,20 @@ def as_targets(y: Any, num_rows: int, *, training: bool = True, name: str = "y")
     num_rows : number of rows of X.
     training : whether a model is to be trained on them, which takes at least 2 rows.
     name : what to call the argument in errors.
+    num_outputs : columns that the model was fitted to, if it was.
 
     Raises
     ------
-    DataError : not numeric, another number of rows than X, more than 2 axes, NaN or infinite.
+    DataError : not numeric, another number of rows than X or of columns than ``num_outputs``, more than 2 axes, NaN
+        or infinite.
     """
     array, columns = _read(y, name)
     if array.ndim > 2:
         raise DataError(f"{name} has shape {array.shape}. Give (n,) or (n, d): {name}.reshape(len({name}), -1).")
     _check_target_rows(array.shape, num_rows, training, name)
+    found = 1 if array.ndim == 1 else array.shape[1]
+    if num_outputs is not None and found != num_outputs:
+        raise DataError(f"{name} has {found} columns but y had {num_outputs} at fit. Give a value for each output.")
     array = np.ascontiguousarray(array, dtype=np.float64)
     check_finite(array, name, columns)
     return array

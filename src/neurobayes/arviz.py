@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import _checks, predictive
-from .errors import DataError, OptionError
+from .errors import OptionError
+from .mixture import gaussian_log_density
 from .models.fitting import Fitted
 from .models.partial_bnn import PartialBNN
 
@@ -95,8 +96,10 @@ def _by_row(model: PartialBNN, X: Any, y: Any, seed: int | None) -> dict[str, di
         noise_std = (noise * fitted.scaling.y_std)[:, None, :]
         new = mean + noise_std * generator.standard_normal(mean.shape)
         new = new[..., 0] if single else new
-        observed = None if y is None else _checks.as_targets(y, len(x), training=False)
-        log_likelihood = None if observed is None else _gaussian(observed.reshape(len(x), -1), mean, noise_std)
+        observed = None if y is None else _checks.as_targets(y, len(x), training=False, num_outputs=mean.shape[-1])
+        log_likelihood = (
+            None if observed is None else gaussian_log_density(observed.reshape(len(x), -1), mean, noise_std)
+        )
     else:
         log_probabilities = _log_softmax(outputs)
         new = np.argmax(log_probabilities + generator.gumbel(size=outputs.shape), axis=-1)
@@ -118,14 +121,6 @@ def _all_draws(fitted: Fitted, x: np.ndarray, num_draws: int) -> tuple[np.ndarra
         outputs.append(predictive.function_draws(source, x, source.theta[kept]).astype(float))
         noise.append(source.noise_std[kept])
     return np.concatenate(outputs), np.concatenate(noise)
-
-
-def _gaussian(columns: np.ndarray, mean: np.ndarray, noise_std: np.ndarray) -> np.ndarray:
-    """Log density ``(draws, n)`` of targets ``(n, d)``."""
-    if columns.shape[1] != mean.shape[-1]:
-        raise DataError(f"y has {columns.shape[1]} columns, and the model was fitted to {mean.shape[-1]}.")
-    scaled = (columns - mean) / noise_std
-    return -np.sum(0.5 * scaled**2 + np.log(noise_std) + 0.5 * np.log(2 * np.pi), axis=-1)
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -186,9 +186,14 @@ def train_backbones(
         for params, statistics, history in runs[i].members()
     )
     return Backbones(
-        members, np.tile(weights, (len(kept), 1)), np.repeat(np.arange(len(kept)), num_backbones), num_parts,
-        search, ends,        None if rmse[0] is None else np.array(rmse),
-    )  # fmt: skip
+        members=members,
+        row_weights=np.tile(weights, (len(kept), 1)),
+        parts=np.repeat(np.arange(len(kept)), num_backbones),
+        num_parts=num_parts,
+        search=search,
+        epochs=ends,
+        unseen_rmse=None if rmse[0] is None else np.array(rmse),
+    )
 
 
 def _train_together(runs: "list[_Run]", stops: bool, on_progress) -> np.ndarray:
@@ -297,7 +302,7 @@ class _Run:
         settings = training.Settings(members, self.prior_precision, shared.noise_std, shared.burn_in)
         for begin in range(0, last - first, training.EPOCHS_PER_CALL):
             chunk = slice(begin, begin + training.EPOCHS_PER_CALL)
-            self.groups[number], losses = _run_group(
+            self.groups[number], losses, _ = regularisation.run_members(
                 shared.program, self.groups[number], self.state, shared.rows, settings,
                 training.pad_chunk(rates[chunk]), training.pad_chunk(collect[chunk]), np.int32(len(rates[chunk])),
             )  # fmt: skip
@@ -324,20 +329,6 @@ class _Run:
                 params = member.params if member.average is None else member.average
                 found.append((jax.tree.map(np.asarray, params), statistics, losses[k]))
         return found
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _run_group(program, progress, state, rows, settings, learning_rates, collect, num_epochs):
-    """Up to ``EPOCHS_PER_CALL`` epochs of all members of a group: (progress, training losses)."""
-    axes = training.Settings(0, None, None, None, None, None)
-
-    def one(progress, settings):
-        progress, losses, _ = training.run_epochs(
-            program, progress, state, rows, None, settings, learning_rates, collect, num_epochs
-        )
-        return progress, losses
-
-    return jax.vmap(one, in_axes=(0, axes))(progress, settings)
 
 
 @functools.partial(jax.jit, static_argnums=0)

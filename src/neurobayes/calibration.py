@@ -105,9 +105,7 @@ class VarianceScaling(Calibration):
     factor: np.ndarray
 
     def variance(self, var: ArrayLike) -> np.ndarray:
-        var = as_floats("var", var)
-        _check_outputs("var", var, len(self.factor))
-        return var * self.factor
+        return _scaled(var, self.factor)
 
     def quantiles(
         self, levels: ArrayLike, mean: ArrayLike, std: ArrayLike, quantile_function: QuantileFunction | None = None
@@ -147,9 +145,7 @@ class IsotonicQuantiles(Calibration):
         return mean + self.shift * std
 
     def variance(self, var: ArrayLike) -> np.ndarray:
-        var = as_floats("var", var)
-        _check_outputs("var", var, len(self.factor))
-        return var * self.factor
+        return _scaled(var, self.factor)
 
     def quantiles(
         self, levels: ArrayLike, mean: ArrayLike, std: ArrayLike, quantile_function: QuantileFunction | None = None
@@ -388,6 +384,13 @@ def _tempered(log_p: np.ndarray, temperature: float) -> np.ndarray:
 
 def _columns(values: np.ndarray) -> np.ndarray:
     return values.reshape(len(values), -1)
+
+
+def _scaled(var: ArrayLike, factor: np.ndarray) -> np.ndarray:
+    """Variances times the factor ``(d,)`` of their output."""
+    var = as_floats("var", var)
+    _check_outputs("var", var, len(factor))
+    return var * factor
 
 
 def _check_outputs(name: str, array: np.ndarray, num_outputs: int) -> None:

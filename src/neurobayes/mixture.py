@@ -13,6 +13,7 @@ import numpy as np
 import scipy.special
 
 from . import out_of_fold, predictive
+from .likelihoods import LOG_2PI
 from .out_of_fold import OutOfFold
 from .predictive import Source
 
@@ -30,6 +31,11 @@ class Mixture(NamedTuple):
     parts: np.ndarray
     weights: np.ndarray
     calibration: OutOfFold | None = None
+
+    @property
+    def num_outputs(self) -> int:
+        """Numbers that are predicted for a row."""
+        return self.sources[0].noise_std.shape[1]
 
     @property
     def member_weights(self) -> np.ndarray:
@@ -153,7 +159,12 @@ def log_density(mixture: Mixture, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     everything, parts = np.arange(num_draws(mixture)), []
     for block in _row_blocks(mixture, x):
         outputs, noise = function_draws(mixture, x[block], everything)
-        scaled = (y[block] - outputs) / noise[:, None, :]
-        each = -np.sum(0.5 * scaled**2 + np.log(noise)[:, None, :] + 0.5 * np.log(2.0 * np.pi), axis=-1)
+        each = gaussian_log_density(y[block], outputs, noise[:, None, :])
         parts.append(scipy.special.logsumexp(each, axis=0, b=mixture.draw_weights[:, None]))
     return np.concatenate(parts)
+
+
+def gaussian_log_density(y: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """Log density of targets ``(n, d)`` for each of ``(draws, n, d)`` means, ``(draws, n)`` in nats, in float64."""
+    scaled = (y - mean) / std
+    return -np.sum(0.5 * scaled**2 + np.log(std) + 0.5 * LOG_2PI, axis=-1)

@@ -98,6 +98,13 @@ class ClassPrediction:
         return cls(probabilities, total, expected, total - expected, draws)
 
 
+def as_pair(prediction: RegressionPrediction | ClassPrediction) -> tuple[np.ndarray, np.ndarray]:
+    """What ``predict`` of a model returns: mean and variance, or class probabilities and their entropy."""
+    if isinstance(prediction, RegressionPrediction):
+        return prediction.mean, prediction.var
+    return prediction.probabilities, prediction.total_entropy
+
+
 class Source(NamedTuple):
     """What predictions are made from: a network, its frozen weights, and draws of the random ones."""
 

@@ -154,12 +154,12 @@ def _unseen_rmse(program: Program, loss: float, noise_std: np.ndarray) -> np.nda
 
 def _follow(program, progress, state, rows, settings, learning_rates) -> np.ndarray:
     """Left-out loss by epoch, averaged over the folds; ends once it has risen well past its minimum."""
-    curve = np.zeros(0)
+    curve, no_average = np.zeros(0), np.zeros(EPOCHS_PER_CALL, np.float32)
     learning_rates = pad_steps(program, learning_rates, len(rows.real))
     for first in range(0, len(learning_rates), EPOCHS_PER_CALL):
         chunk = learning_rates[first : first + EPOCHS_PER_CALL]
-        progress, watched = _run_members(
-            program, progress, state, rows, settings, pad_chunk(chunk), np.int32(len(chunk))
+        progress, _, watched = run_members(
+            program, progress, state, rows, settings, pad_chunk(chunk), no_average, np.int32(len(chunk))
         )
         mean = np.asarray(watched, float)[:, : len(chunk)].mean(axis=0)
         curve = np.concatenate([curve, np.where(np.isfinite(mean), mean, np.inf)])
@@ -184,14 +184,11 @@ def _stack(trees: list[Any]) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run_members(program: Program, progress, state, rows, settings, learning_rates, num_epochs):
+def run_members(program: Program, progress, state, rows, settings, learning_rates, collect, num_epochs):
+    """``run_epochs`` for members that differ in their row weights: (progress, training losses, monitored losses)."""
     axes = Settings(row_weights=0, prior_precision=None, noise_std=None, burn_in=None, patience=None, min_delta=None)
 
     def one(progress, settings):
-        collect = jnp.zeros(EPOCHS_PER_CALL)
-        progress, _, watched = run_epochs(
-            program, progress, state, rows, None, settings, learning_rates, collect, num_epochs
-        )
-        return progress, watched
+        return run_epochs(program, progress, state, rows, None, settings, learning_rates, collect, num_epochs)
 
     return jax.vmap(one, in_axes=(0, axes))(progress, settings)

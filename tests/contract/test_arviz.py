@@ -95,7 +95,7 @@ def test_two_outputs(two_outputs, quick):
     assert found["posterior_predictive"]["y"].dims == ("chain", "draw", "row", "output")
     assert found["log_likelihood"]["y"].shape == (1, 120, 60)
     assert found["observed_data"]["y"].shape == (60, 2)
-    with pytest.raises(DataError, match="1 columns"):
+    with pytest.raises(DataError, match="has 1 columns"):
         nb.to_arviz(model, X, y[:, :1])
 
 

@@ -233,6 +233,8 @@ class TestDensity:
             np.testing.assert_allclose(multi.log_predictive_density(X, y, form=form), expected, rtol=1e-4, atol=1e-4)
         with pytest.raises(OptionError, match="left-out rows"):
             multi.log_predictive_density(X, y, form="student", calibration=None)
+        with pytest.raises(DataError, match="y has 1 columns but y had 2 at fit"):
+            multi.log_predictive_density(X, y[:, 0])
         plain = multi.log_predictive_density(X, y, form="mixture", calibration=None)
         np.testing.assert_array_equal(multi.log_predictive_density(X, y, calibration=None), plain)
 

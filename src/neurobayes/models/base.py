@@ -113,7 +113,7 @@ def network_info(
     called for a score when that is first asked for.
     """
     if params is None:
-        params_or_shapes, _ = jax.eval_shape(network.init, _abstract_key(), example)
+        params_or_shapes, _ = jax.eval_shape(network.init, abstract_key(), example)
     else:
         params_or_shapes = params
 
@@ -142,7 +142,7 @@ def _training_score(statistics: Any, name: str) -> Params:
 
 def output_width(network: Network, example: Any) -> int:
     """Number of outputs for inputs like ``example``; networks with another form of output raise."""
-    params, state = jax.eval_shape(network.init, _abstract_key(), example)
+    params, state = jax.eval_shape(network.init, abstract_key(), example)
     outputs = jax.eval_shape(network.apply, params, state, example)
     if not hasattr(outputs, "shape") or len(outputs.shape) != 2:
         found = getattr(outputs, "shape", type(outputs).__name__)
@@ -150,7 +150,8 @@ def output_width(network: Network, example: Any) -> int:
     return int(outputs.shape[1])
 
 
-def _abstract_key():
+def abstract_key():
+    """The shape of a random key."""
     return jax.eval_shape(lambda: jax.random.key(0))
 
 

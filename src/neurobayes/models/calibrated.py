@@ -11,7 +11,7 @@ from .. import _checks
 from ..calibration import Calibration, ConformalIntervals, VarianceScaling, check_method, fit_calibration
 from ..errors import DataError, OptionError
 from ..metrics import Predictor
-from ..predictive import ClassPrediction, RegressionPrediction
+from ..predictive import ClassPrediction, RegressionPrediction, as_pair
 
 
 class PredictiveModel(Predictor, Protocol):
@@ -54,10 +54,7 @@ class CalibratedModel:
 
         After ``"conformal"``, which corrects intervals only, these are the model's own.
         """
-        prediction = self.posterior_predictive(X)
-        if isinstance(prediction, RegressionPrediction):
-            return prediction.mean, prediction.var
-        return prediction.probabilities, prediction.total_entropy
+        return as_pair(self.posterior_predictive(X))
 
     def predict_classes(self, X: Any) -> np.ndarray:
         """The most probable class of each row, shape ``(n,)``: the same as before calibration."""

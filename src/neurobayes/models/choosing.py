@@ -6,7 +6,7 @@ there are trained weights.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from ..errors import OptionError, SelectionError
 from ..likelihoods import Likelihood
 from ..network_info import TRAINING_SCORES, NetworkInfo
 from ..networks.base import Network
+from ..partition import Partition
 from ..subspaces import RandomPart
 from ..training import Rows
 from .base import network_info
@@ -105,17 +106,27 @@ def _data_score(name: str, trained: Trained, priors_sigma: Any) -> Params:
     return scores.laplace_variance(*arguments, priors.prior_std_tree(trained.params, priors_sigma))
 
 
-def _scores_asked_for(choice: selectors.Selector | None, info: NetworkInfo, template: Params) -> set[str]:
-    asked: set[str] = set()
+def resolve_untrained(
+    choice: selectors.Selector, info: NetworkInfo, template: Params, on_score: Callable[[str], None] = lambda name: None
+) -> Partition:
+    """The partition for weights and scores that are all zero: right in its names and counts before any training.
+
+    ``on_score`` is told the name of each score that the choice looks at.
+    """
     # Broadcast, so that the stand-ins for all weights take no memory.
     zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0.0), leaf.shape), template)
 
-    def record(name: str) -> Mapping[str, Any]:
-        asked.add(name)
+    def scores_of(name: str) -> Mapping[str, Any]:
+        on_score(name)
         return {path: np.broadcast_to(0.0, shape) for path, shape in info.shapes.items()}
 
+    return selectors.resolve(choice, dataclasses.replace(info, params=zeros, scores=scores_of))
+
+
+def _scores_asked_for(choice: selectors.Selector | None, info: NetworkInfo, template: Params) -> set[str]:
+    asked: set[str] = set()
     if choice is not None:
-        selectors.resolve(choice, dataclasses.replace(info, params=zeros, scores=record))
+        resolve_untrained(choice, info, template, asked.add)
     return asked
 
 

@@ -310,10 +310,8 @@ class DeterministicNN:
         X, y = validation_data
         inputs = _checks.as_inputs(X, self._network.input_spec, expected_shape=self.input_shape, name="X_val")
         if self.is_regression:
-            targets = _checks.as_targets(y, len(inputs), training=False, name="y_val")
+            targets = _checks.as_targets(y, len(inputs), training=False, name="y_val", num_outputs=prepared.num_outputs)
             targets = prepared.scaling.targets(targets)
-            if targets.shape[1] != prepared.num_outputs:
-                raise DataError(f"y_val has {targets.shape[1]} columns but y has {prepared.num_outputs}.")
         else:
             targets = _checks.as_class_labels(y, len(inputs), self._num_outputs, training=False, name="y_val")
         size = data.bucket_size(len(inputs))

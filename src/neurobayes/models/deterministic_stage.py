@@ -21,6 +21,8 @@ from ..inference.last_layer import MAX_SCALARS, LastLayer
 from ..networks.base import Network
 from ..pretraining import Pretrained, PretrainingOptions, default_batch_size, default_epochs, pretrain
 from . import resuming
+from .base import abstract_key
+from .choosing import resolve_untrained
 from .progress import Report
 
 MIN_NOISE_START = 1e-3
@@ -82,7 +84,7 @@ def train(
     rows = plan.prepared.rows
     real = np.asarray(rows.real, np.float32)
     if plan.warm is not None:
-        return _continued(plan, real, seed)
+        return _continued(plan, real)
     if plan.weights is not None:
         state = _initial_state(plan.network, key, rows.x)
         _warn_of_units(plan, state)
@@ -112,7 +114,7 @@ def _ensemble(plan, key, seed, options, report, checkpoint) -> Stage:
     if ensemble is None:
         ensemble = backbones.train_backbones(
             plan.network, plan.likelihood, key, rows, _assumed_noise(plan), options, plan.num_backbones,
-            stacked=plan.exact,            seed=seed, on_progress=_reporter(report),
+            stacked=plan.exact, seed=seed, on_progress=_reporter(report),
         )  # fmt: skip
         if checkpoint is not None:
             resuming.save_backbones(checkpoint, ensemble)
@@ -122,11 +124,11 @@ def _ensemble(plan, key, seed, options, report, checkpoint) -> Stage:
     )
 
 
-def _continued(plan: Any, real: np.ndarray, seed: int) -> Stage:
+def _continued(plan: Any, real: np.ndarray) -> Stage:
     """The networks of an earlier fit for the rows of this one.
 
     A row's share is decided by its place and the earlier fit's seed, so rows that come after the earlier ones leave
-    those where they were. Rows that are not the earlier ones may have been seen by any backbone.
+    those where they were; any other rows are refused.
     """
     earlier = plan.warm
     common = min(earlier.num_rows, plan.prepared.num_rows)
@@ -228,13 +230,12 @@ def foresee(
     selected = 0 if config is None else len(config.layer_names or ()) * config.num_pairs_per_layer
     if choice is None or choice.stands_alone:
         return Bayesian(selected, False)
-    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0.0), leaf.shape), template)
-    partition = selectors.resolve(choice, dataclasses.replace(info, params=zeros, scores=_no_scores(info)))
+    partition = resolve_untrained(choice, info, template)
     solvable = regression and (engine is None or isinstance(engine, Auto | LastLayer))
     if not solvable or config is not None or partition.size > MAX_SCALARS:
         return Bayesian(partition.size + selected, False)
     row = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
-    params, state = jax.eval_shape(network.init, _abstract_key(), row)
+    params, state = jax.eval_shape(network.init, abstract_key(), row)
     hoisted = hoist_network(network, partition, params, state, row)
     return Bayesian(partition.size, linearity.late_is_affine(hoisted, partition.size, hoisted.carry_avals))
 
@@ -251,7 +252,7 @@ def how_many(network: Network, prepared: Any, template: Params, wanted: int | st
         return min(2 if few else SAMPLED_BACKBONES, prepared.num_rows)
     x = prepared.rows.x
     row = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
-    analysis = jax.jit(network.apply).lower(*jax.eval_shape(network.init, _abstract_key(), row), row).cost_analysis()
+    analysis = jax.jit(network.apply).lower(*jax.eval_shape(network.init, abstract_key(), row), row).cost_analysis()
     flops = float((analysis or {}).get("flops", 0.0)) or 2.0 * trees.num_scalars(template)
     steps = -(-prepared.num_rows // (default_batch_size(prepared.num_rows, None) or prepared.num_rows))
     epochs = default_epochs(steps, backbones.MOST_EPOCHS)
@@ -261,14 +262,6 @@ def how_many(network: Network, prepared: Any, template: Params, wanted: int | st
     step = backbones.GROUP
     count = np.clip(step * math.floor(affordable / step), SAMPLED_BACKBONES, EXACT_BACKBONES)
     return min(int(count), prepared.num_rows)
-
-
-def _no_scores(info: Any):
-    return lambda name: {path: np.broadcast_to(0.0, shape) for path, shape in info.shapes.items()}
-
-
-def _abstract_key():
-    return jax.eval_shape(lambda: jax.random.key(0))
 
 
 def warn_of_one(num_rows: int, *, partial: bool) -> None:

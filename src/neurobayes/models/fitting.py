@@ -35,7 +35,7 @@ from ..pretraining import Pretrained, PretrainingOptions
 from ..schedules import AveragingConfig, LearningRate
 from ..subspaces import RandomPart
 from . import deterministic_stage, resuming
-from .base import Prepared, TrainedParams, network_info, prepare
+from .base import Prepared, TrainedParams, abstract_key, network_info, prepare
 from .choosing import Trained, check, choose
 from .deterministic import DeterministicNN
 from .deterministic_stage import Stage, target_scale
@@ -147,21 +147,10 @@ def make_plan(
     ``previous`` is an earlier fit, whose padding is kept where a few rows were
     added; with ``warm`` its weights, units and sampler are what the fit starts from.
     """
-    if isinstance(given, DeterministicNN):
-        given = given.get_params()
-    elif given is None:
-        given = network.pretrained
-    earlier = None if previous is None else (previous.num_rows, previous.capacity)
-    if warm and previous is not None:
-        prepared = prepare(
-            network, X, y, num_classes=num_classes, standardize=True, scaling=previous.scaling, earlier=earlier
-        )
-        given = previous.members[0].source.params
-    else:
-        prepared = _prepare(network, X, y, num_classes, standardize, given, earlier)
+    prepared, given = _data_and_weights(network, X, y, num_classes, standardize, given, previous, warm)
     example = jax.ShapeDtypeStruct((1, *prepared.rows.x.shape[1:]), prepared.rows.x.dtype)
     info = network_info(network, example)
-    template, _ = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), example)
+    template, _ = jax.eval_shape(network.init, abstract_key(), example)
     weights = None if given is None else _checks.check_weights_structure(given, template)
     statistics = getattr(given, "statistics", None)
     learns_prior = isinstance(priors_sigma, str)
@@ -189,11 +178,42 @@ def make_plan(
     if weights is None:
         count = deterministic_stage.how_many(network, prepared, template, num_backbones, bayesian)
     return Plan(
-        network, prepared, Gaussian() if regression else Categorical(), choice, config, weights, statistics,
-        bool(asked), noise_prior, noise_is_default, prior_mean, priors_sigma, learns_prior,
-        template, count, bayesian.exact,
-        previous if warm else None,
-    )  # fmt: skip
+        network=network,
+        prepared=prepared,
+        likelihood=Gaussian() if regression else Categorical(),
+        choice=choice,
+        select_config=config,
+        weights=weights,
+        statistics=statistics,
+        needs_statistics=bool(asked),
+        noise_prior=noise_prior,
+        noise_is_default=noise_is_default,
+        prior_mean=prior_mean,
+        priors_sigma=priors_sigma,
+        learns_prior=learns_prior,
+        template=template,
+        num_backbones=count,
+        exact=bayesian.exact,
+        warm=previous if warm else None,
+    )
+
+
+def _data_and_weights(
+    network: Network, X: Any, y: Any, num_classes: int | None, standardize: bool | str, given: Any,
+    previous: Fitted | None, warm: bool,
+) -> tuple[Prepared, Any]:  # fmt: skip
+    """Scaled data, and the weights that are given: by the user, by the network, or by the fit to be continued."""
+    if isinstance(given, DeterministicNN):
+        given = given.get_params()
+    elif given is None:
+        given = network.pretrained
+    earlier = None if previous is None else (previous.num_rows, previous.capacity)
+    if warm and previous is not None:
+        prepared = prepare(
+            network, X, y, num_classes=num_classes, standardize=True, scaling=previous.scaling, earlier=earlier
+        )
+        return prepared, previous.members[0].source.params
+    return _prepare(network, X, y, num_classes, standardize, given, earlier), given
 
 
 def run(plan: Plan, key: Key, options: PretrainingOptions, sampling: Sampling, report: Report) -> Fitted:

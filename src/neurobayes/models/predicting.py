@@ -12,7 +12,7 @@ from .._checks import check_fraction
 from ..errors import NotFittedError, OptionError
 from ..mixture import Mixture
 from ..networks.base import Network
-from ..predictive import ClassPrediction, RegressionPrediction
+from ..predictive import ClassPrediction, RegressionPrediction, as_pair
 from . import calibrated
 from .base import softmax, to_target_shape
 from .fitting import Fitted, Member
@@ -53,10 +53,7 @@ class Predicting:
         units. Classification: probabilities ``(n, classes)`` and the entropy of each row's probabilities ``(n,)``
         in nats: the total uncertainty. ``posterior_predictive`` splits both.
         """
-        prediction = self.posterior_predictive(X, calibration=calibration)
-        if isinstance(prediction, RegressionPrediction):
-            return prediction.mean, prediction.var
-        return prediction.probabilities, prediction.total_entropy
+        return as_pair(self.posterior_predictive(X, calibration=calibration))
 
     def predict_classes(self, X: Any) -> np.ndarray:
         """The most probable class of each row, shape ``(n,)``."""
@@ -139,7 +136,8 @@ class Predicting:
             labels = _checks.as_class_labels(y, len(x), self.num_classes, training=False)
             probabilities = mixture.class_moments(parts, x)[0]
             return np.log(np.maximum(probabilities[np.arange(len(x)), labels], np.finfo(float).tiny))
-        targets = fitted.scaling.targets(_checks.as_targets(y, len(x), training=False)).astype(float)
+        columns = _checks.as_targets(y, len(x), training=False, num_outputs=parts.num_outputs)
+        targets = fitted.scaling.targets(columns).astype(float)
         jacobian = float(np.sum(np.log(np.broadcast_to(fitted.scaling.y_std, targets.shape[1:]))))
         tail = None if parts.calibration is None else parts.calibration.tail
         if form == "student" and tail is None:
