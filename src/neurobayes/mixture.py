@@ -48,12 +48,13 @@ class Mixture(NamedTuple):
         counts = [len(source.theta) for source in self.sources]
         return np.repeat(self.member_weights / counts, counts)
 
-    def noise_vars(self) -> np.ndarray:
-        """Noise variance of each part, ``(parts, outputs)``."""
+    def noise_vars(self, x: np.ndarray, means: np.ndarray) -> np.ndarray:
+        """Noise variance of each part, ``(parts, n or 1, outputs)``; ``means`` are the parts' predictions."""
         if self.calibration is not None and self.calibration.noise_var is not None:
-            return self.calibration.noise_var
+            constant, variation = self.calibration.noise_var[:, None], self.calibration.noise_variation
+            return constant if variation is None else constant * variation.factor(x, means)
         each = np.stack([source.noise_var for source in self.sources])
-        return np.stack([each[self.parts == part].mean(axis=0) for part in range(len(self.weights))])
+        return np.stack([each[self.parts == part].mean(axis=0) for part in range(len(self.weights))])[:, None]
 
     def factors(self) -> np.ndarray:
         """Factor on the epistemic variance of each part, ``(parts, 1 or outputs)``."""
@@ -74,7 +75,7 @@ def regression_moments(mixture: Mixture, x: np.ndarray) -> tuple[np.ndarray, np.
     means, variances = part_moments(mixture, x)
     mean = np.tensordot(mixture.weights, means, 1)
     epistemic = mixture.factors()[:, None, :] * variances + (means - mean) ** 2
-    noise_var = mixture.weights @ mixture.noise_vars()
+    noise_var = np.tensordot(mixture.weights, mixture.noise_vars(x, means), 1)
     return mean, np.tensordot(mixture.weights, epistemic, 1), np.broadcast_to(noise_var, mean.shape)
 
 
@@ -110,7 +111,7 @@ def class_moments(mixture: Mixture, x: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def function_draws(mixture: Mixture, x: np.ndarray, picked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Outputs ``(draws, n, d)`` and noise std ``(draws, d)`` of the draws with numbers ``picked``, working units.
+    """Outputs ``(draws, n, d)`` and noise std ``(draws, n or 1, d)`` of the draws numbered ``picked``, working units.
 
     Draws are numbered through the backbones in order. With calibration their deviations from the mean are stretched.
     """
@@ -125,12 +126,12 @@ def function_draws(mixture: Mixture, x: np.ndarray, picked: np.ndarray) -> tuple
         outputs = np.empty((len(picked), *values.shape[1:])) if outputs is None else outputs
         outputs[here], noise[here] = values, source.noise_std[within[here]]
     if mixture.calibration is None or mixture.calibration.epistemic_factor is None:
-        return outputs, noise
+        return outputs, noise[:, None, :]
     means, part = part_moments(mixture, x)[0], mixture.parts[member]
     stretch = np.sqrt(mixture.factors())[part][:, None, :]
     for k in np.unique(part):
         outputs[part == k] = means[k] + stretch[part == k] * (outputs[part == k] - means[k])
-    return outputs, np.sqrt(mixture.noise_vars())[part]
+    return outputs, np.sqrt(mixture.noise_vars(x, means))[part]
 
 
 def num_draws(mixture: Mixture) -> int:
@@ -159,7 +160,7 @@ def log_density(mixture: Mixture, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     everything, parts = np.arange(num_draws(mixture)), []
     for block in _row_blocks(mixture, x):
         outputs, noise = function_draws(mixture, x[block], everything)
-        each = gaussian_log_density(y[block], outputs, noise[:, None, :])
+        each = gaussian_log_density(y[block], outputs, noise)
         parts.append(scipy.special.logsumexp(each, axis=0, b=mixture.draw_weights[:, None]))
     return np.concatenate(parts)
 

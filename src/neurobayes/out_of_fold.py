@@ -14,23 +14,24 @@ import scipy.optimize
 import scipy.special
 import scipy.stats
 
-FACTOR_SPREAD = 1.0
-"""Prior standard deviation of the logarithm of the epistemic factor: a guard for a handful of rows."""
+from .noise_model import Features, NoiseVariation, fit_noise, fit_variance, joined
 
 FULL_CORRECTION_ROWS = 100
 """Rows at which half of the correction for an ensemble's size is made. It is unbiased, and with few rows so uncertain
 that the least of many corrected errors would be the luckiest."""
 
-LEAST_NOISE = 1e-3
-"""Least noise variance, as a share of the mean squared error on left-out rows."""
-
 LEAST_ERROR = 0.05
 """Least corrected squared error, as a share of the uncorrected one; guards an estimate from few rows."""
+
+TAIL_ROUNDS = 3
+"""Rounds of fitting tails and noise in turn: noise that varies looks like heavy tails until it is fitted."""
 
 MIN_DOF = 2.0
 GAUSSIAN_DOF = 30.0
 DOF_SPREAD = 1.0
-"""Least degrees of freedom of the tails (a variance must exist), and the prior of their logarithm above it."""
+LEAST_FIT_DOF = 4.0
+"""Least degrees of freedom of the tails (a variance must exist), and the prior of their logarithm above it; and the
+least with which the variance is fitted, which near 2 would have little to do with the errors' squares."""
 
 TEMPERATURES = (0.05, 20.0)
 
@@ -49,13 +50,15 @@ class OutOfFold:
     ----------
     weights : (parts,) share of each part in the mixture; they sum to one.
     epistemic_factor : (parts, outputs) ``a`` in ``variance = a * epistemic + b``; None for classes.
-    noise_var : (parts, outputs) ``b``, in squared working units; None for classes.
+    noise_var : (parts, outputs) ``b``, in squared working units; None for classes. Where the noise varies this is
+        its geometric mean over the training rows.
     temperature : class probabilities are raised to one over it and renormalised; None for regression.
     rmse : (outputs,) error expected of the first part on new rows, working units; None for classes.
     log_score : mean log density (log probability) of the left-out rows after calibration, nats per row.
     coverage : (outputs,) share of left-out rows inside their 95 % interval; None for classes.
     tail : (outputs, 2) degrees of freedom and scale of the Student's t that errors over predicted standard deviations
         follow; None for classes.
+    noise_variation : how the noise depends on the input; None for constant noise and for classes.
     """
 
     weights: np.ndarray
@@ -66,6 +69,7 @@ class OutOfFold:
     log_score: float
     coverage: np.ndarray | None
     tail: np.ndarray | None = None
+    noise_variation: NoiseVariation | None = None
 
 
 def left_out_mean(values: np.ndarray, unseen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -123,7 +127,12 @@ def log_loss(probabilities: np.ndarray, labels: np.ndarray) -> float:
 
 
 def calibrate_variance(
-    mean: np.ndarray, variance: np.ndarray, unseen: np.ndarray, parts: np.ndarray, y: np.ndarray
+    mean: np.ndarray,
+    variance: np.ndarray,
+    unseen: np.ndarray,
+    parts: np.ndarray,
+    y: np.ndarray,
+    x: np.ndarray | None = None,
 ) -> OutOfFold:
     """The factors and noise with which the intervals of left-out rows are most likely, and the weights of the parts.
 
@@ -133,8 +142,11 @@ def calibrate_variance(
     unseen : (members, n).
     parts : (members,) number of each member's part.
     y : (n, outputs) targets, working units.
+    x : (n, …) inputs, for noise that may vary with them; None for constant noise.
     """
-    found = [_calibrate_part(mean[parts == p], variance[parts == p], unseen[parts == p], y) for p in np.unique(parts)]
+    found = [
+        _calibrate_part(mean[parts == p], variance[parts == p], unseen[parts == p], y, x) for p in np.unique(parts)
+    ]
     scores = np.array([part.log_score for part in found])
     weights = scipy.special.softmax(STACKING * len(y) * scores)
     centres, totals = np.stack([part.centre for part in found]), np.stack([part.total for part in found])
@@ -146,6 +158,7 @@ def calibrate_variance(
     return OutOfFold(
         weights, np.stack([part.factor for part in found]), np.stack([part.noise_var for part in found]), None,
         np.sqrt(found[0].mse), float(score), np.mean(squared < 1.959964**2 * total, axis=0), tail,
+        None if x is None else joined([part.features for part in found], np.stack([p.coefficients for p in found])),
     )  # fmt: skip
 
 
@@ -154,22 +167,44 @@ class _Part(NamedTuple):
 
     factor: np.ndarray
     noise_var: np.ndarray
+    features: list[Features]
+    coefficients: np.ndarray
     centre: np.ndarray
     total: np.ndarray
     mse: np.ndarray
     log_score: float
 
 
-def _calibrate_part(mean: np.ndarray, variance: np.ndarray, unseen: np.ndarray, y: np.ndarray) -> _Part:
-    num_members = len(mean)
+def _calibrate_part(mean: np.ndarray, variance: np.ndarray, unseen: np.ndarray, y: np.ndarray, x) -> _Part:
+    num_members, num_rows = len(mean), len(y)
     squared, centre, between = expected_squared_error(mean, unseen, y, num_members)
     within, _ = left_out_mean(variance, unseen)
     epistemic = within + between * (1.0 - 1.0 / num_members)  # what the variance over all members' draws will be
-    fits = [_fit_variance(epistemic[:, i], squared[:, i], (centre - y)[:, i] ** 2) for i in range(y.shape[1])]
-    factor, noise_var = (np.array(values) for values in zip(*fits, strict=True))
-    total = factor * epistemic + noise_var
+    features = [] if x is None else [Features(x, column) for column in centre.T]
+    values = [one.values for one in features] or [np.zeros((num_rows, 0))] * y.shape[1]
+    fits = [_fit_output(epistemic[:, i], squared[:, i], (centre - y)[:, i], values[i]) for i in range(y.shape[1])]
+    factor, noise_var, coefficients = (np.array(found) for found in zip(*fits, strict=True))
+    change = np.exp(np.stack([values[i] @ coefficients[i] for i in range(len(fits))], axis=1))
+    total = factor * epistemic + noise_var * change
     mse = ensemble_error(mean, unseen, y, num_members)
-    return _Part(factor, noise_var, centre, total, mse, float(_log_score(squared, total).mean()))
+    score = float(_log_score(squared, total).mean())
+    return _Part(factor, noise_var, features, coefficients, centre, total, mse, score)
+
+
+def _fit_output(
+    epistemic: np.ndarray, squared: np.ndarray, error: np.ndarray, features: np.ndarray
+) -> tuple[float, float, np.ndarray]:
+    """``(a, b, coefficients)`` of one output: the factor for errors that are normal, the noise with tails they show."""
+    if squared.mean() < LEAST_ERROR * np.mean(error**2):  # as ``ensemble_error`` has it
+        squared = LEAST_ERROR * error**2
+    factor, noise_var = fit_variance(epistemic, squared)
+    each = np.maximum(squared, LEAST_ERROR * error**2)  # a single corrected square may be negative
+    coefficients = np.zeros(features.shape[1])
+    for _ in range(TAIL_ROUNDS):
+        total = factor * epistemic + noise_var * np.exp(features @ coefficients)
+        dof = max(_fit_tail(error / np.sqrt(total))[0], LEAST_FIT_DOF)
+        noise_var, coefficients = fit_noise(factor * epistemic, each, features, dof, noise_var)
+    return factor, noise_var, coefficients
 
 
 def _fit_tail(scaled: np.ndarray) -> tuple[float, float]:
@@ -190,30 +225,6 @@ def _fit_tail(scaled: np.ndarray) -> tuple[float, float]:
 
 def _log_score(squared: np.ndarray, total: np.ndarray) -> np.ndarray:
     return -0.5 * np.sum(np.log(2.0 * np.pi * total) + squared / total, axis=1)
-
-
-def _fit_variance(epistemic: np.ndarray, squared: np.ndarray, uncorrected: np.ndarray) -> tuple[float, float]:
-    """``(a, b)`` of ``a * epistemic + b`` maximising the Gaussian likelihood of the squared errors."""
-    if squared.mean() < LEAST_ERROR * uncorrected.mean():  # as ``ensemble_error`` has it
-        squared = LEAST_ERROR * uncorrected
-    mse = max(float(squared.mean()), 1e-30)
-    epistemic, squared = epistemic / mse, squared / mse
-
-    def negative(logs: np.ndarray) -> tuple[float, np.ndarray]:
-        a, b = np.exp(logs)
-        total = a * epistemic + b
-        slope = 0.5 * (1.0 / total - squared / total**2)
-        prior = 0.5 * (logs[0] / FACTOR_SPREAD) ** 2 / len(squared)
-        value = 0.5 * np.mean(np.log(total) + squared / total) + prior
-        pull = logs[0] / FACTOR_SPREAD**2 / len(squared)
-        return value, np.array([a * np.mean(slope * epistemic) + pull, b * np.mean(slope)])
-
-    bounds = [(-8.0, 8.0), (np.log(LEAST_NOISE), np.log(10.0))]
-    starts = [np.log([1.0, share]) for share in (1.0, 0.3, 0.03)]  # the likelihood may have two modes
-    runs = [scipy.optimize.minimize(negative, s, jac=True, method="L-BFGS-B", bounds=bounds) for s in starts]
-    best = min(runs, key=lambda run: run.fun)
-    a, b = np.exp(best.x)
-    return float(a), float(b * mse)
 
 
 def temper(probabilities: np.ndarray, temperature: float) -> np.ndarray:

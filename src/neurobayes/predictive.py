@@ -178,12 +178,16 @@ def solve_quantiles(
 ) -> np.ndarray:
     """Quantiles ``(levels, n, d)`` of mixtures of Gaussians.
 
-    ``means`` is (draws, n, d), ``noise_std`` (draws, d), and ``weights`` (draws,) sum to one.
+    ``means`` is (draws, n, d), ``noise_std`` (draws, n or 1, d), and ``weights`` (draws,) sum to one.
     """
     size = data.bucket_size(means.shape[1])  # one compiled program for all row counts of a bucket
-    padded = np.pad(means, [(0, 0), (0, size - means.shape[1]), (0, 0)], mode="edge").astype(np.float32)
+
+    def padded(values: np.ndarray) -> np.ndarray:
+        more = size - values.shape[1] if values.shape[1] > 1 else 0
+        return np.pad(values, [(0, 0), (0, more), (0, 0)], mode="edge").astype(np.float32)
+
     solved = _solve_quantiles(
-        padded, noise_std[:, None, :].astype(np.float32), weights.astype(np.float32), np.asarray(levels, np.float32)
+        padded(means), padded(noise_std), weights.astype(np.float32), np.asarray(levels, np.float32)
     )
     return np.asarray(solved)[:, : means.shape[1]]
 

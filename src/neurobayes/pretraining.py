@@ -13,10 +13,10 @@ from .networks.base import Network
 from .regularisation import Regularisation
 from .weight_statistics import TrainingStatistics
 
-FULL_BATCH_ROWS = 1024
+FULL_BATCH_ROWS = 256
 """Up to this many rows every step takes all of them; above, steps take ``BATCH_ROWS``."""
 
-BATCH_ROWS = 256
+BATCH_ROWS = 128
 DEFAULT_EPOCHS = 500
 DEFAULT_STEPS = 20_000
 

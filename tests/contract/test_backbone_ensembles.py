@@ -13,7 +13,7 @@ import scipy.special
 import scipy.stats
 
 import neurobayes as nb
-from neurobayes import predictive
+from neurobayes import mixture, predictive
 from neurobayes.diagnostics import combine
 from neurobayes.errors import CalibrationWarning, CheckpointError, ConvergenceWarning, DataError, OptionError
 from neurobayes.models import deterministic_stage, fitting, resuming
@@ -129,8 +129,12 @@ class TestDefault:
         X, y = two_outputs
         found, plain = (multi.posterior_predictive(X, calibration=c) for c in ("out_of_fold", None))
         summary, scale = multi.out_of_fold, y.std(axis=0)
-        np.testing.assert_allclose(found.aleatoric_var, np.broadcast_to(summary.weights @ summary.noise_var * scale**2,
-                                   found.mean.shape), rtol=1e-6)  # fmt: skip
+        fitted, x = multi._inputs(X)
+        change = summary.noise_variation.factor(x, mixture.part_moments(multi._mixture(fitted, None), x)[0])
+        noise = np.tensordot(summary.weights, summary.noise_var[:, None] * change, 1)
+        np.testing.assert_allclose(found.aleatoric_var, noise * scale**2, rtol=1e-6)
+        constant = mixture.regression_moments(multi._mixture(fitted, None), x)[2]
+        assert np.ptp(found.aleatoric_var, axis=0).min() > 0 == np.ptp(constant, axis=0).max()
         if len(summary.weights) == 1:
             expected = summary.epistemic_factor[0] * plain.epistemic_var
             np.testing.assert_allclose(found.epistemic_var, expected, rtol=1e-6)
@@ -253,7 +257,9 @@ class TestDensity:
         outputs = np.concatenate([model_member_outputs(sampled._fitted, k, X) for k in range(2)])
         found, scale = sampled.out_of_fold, y.std()
         stretched = mean + np.sqrt(found.epistemic_factor[0, 0]) * (outputs - mean)
-        each = scipy.stats.norm.logpdf(y, stretched, np.sqrt(found.noise_var[0, 0]) * scale)
+        working = sampled._fitted.scaling
+        change = found.noise_variation.factor(working.inputs(X), working.targets(mean)[None])[0, :, 0]
+        each = scipy.stats.norm.logpdf(y, stretched, np.sqrt(found.noise_var[0, 0] * change) * scale)
         expected = scipy.special.logsumexp(each, axis=0) - np.log(len(outputs))
         np.testing.assert_allclose(
             sampled.log_predictive_density(X, y, form="mixture"), expected, rtol=1e-4, atol=1e-3

@@ -1,5 +1,7 @@
 """Predictions of several backbones against all their draws, written out in numpy."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import neurobayes as nb
 from neurobayes import mixture, trees
 from neurobayes.mixture import Mixture
 from neurobayes.networks import as_network
+from neurobayes.noise_model import NoiseVariation
 from neurobayes.out_of_fold import OutOfFold
 from neurobayes.partition import Partition
 from neurobayes.predictive import Source
@@ -25,6 +28,9 @@ WEIGHTS = np.array([0.3, 0.7])
 FACTOR = np.array([[2.0, 0.5], [4.0, 1.0]])
 NOISE_VAR = np.array([[0.3, 0.1], [0.02, 1.5]])
 CALIBRATION = OutOfFold(WEIGHTS, FACTOR, NOISE_VAR, None, np.ones(2), 0.0, np.ones(2))
+COEFFICIENTS = np.array([[[0.5, 0.0, -0.3, 0.2], [0.0, 0.4, 0.0, -0.5]], [[0.1, 0.2, 0.3, 0.4], [0.0, 0.0, 0.0, 0.0]]])
+CENTRE = np.full((2, 2, 4), 0.1)
+VARIATION = NoiseVariation(COEFFICIENTS, CENTRE - 1.5, CENTRE + 1.5, CENTRE, CENTRE + 1.0)
 
 
 def source(seed, num_draws):
@@ -54,6 +60,7 @@ PART_OF_DRAW = np.repeat(PARTS, COUNTS)
 SHARES = np.concatenate([np.full(c, WEIGHTS[p] / (p == PARTS).sum() / c) for c, p in zip(COUNTS, PARTS, strict=True)])
 PLAIN = Mixture(SOURCES, PARTS, WEIGHTS)
 CALIBRATED = PLAIN._replace(calibration=CALIBRATION)
+VARYING = PLAIN._replace(calibration=dataclasses.replace(CALIBRATION, noise_variation=VARIATION))
 
 
 def part_mean(part):
@@ -61,17 +68,29 @@ def part_mean(part):
 
 
 def components(parts):
-    """Means ``(draws, n, outputs)`` and noise std ``(draws, 1, outputs)`` of the mixture's Gaussians."""
+    """Means ``(draws, n, outputs)`` and noise std of that shape of the mixture's Gaussians."""
     if parts.calibration is None:
-        return DRAWS, np.concatenate([one.noise_std for one in SOURCES]).astype(float)[:, None, :]
+        noise_std = np.concatenate([one.noise_std for one in SOURCES]).astype(float)[:, None, :]
+        return DRAWS, np.broadcast_to(noise_std, DRAWS.shape)
     centre = np.stack([part_mean(0), part_mean(1)])[PART_OF_DRAW]
     stretched = centre + np.sqrt(FACTOR)[PART_OF_DRAW][:, None, :] * (DRAWS - centre)
-    return stretched, np.sqrt(NOISE_VAR)[PART_OF_DRAW][:, None, :]
+    return stretched, np.sqrt(noise_vars(parts))[PART_OF_DRAW]
 
 
-@pytest.fixture(params=["plain", "calibrated"])
+def noise_vars(parts):
+    """Noise variance of each part and row, ``(parts, n, outputs)``."""
+    found = np.broadcast_to(NOISE_VAR[:, None], (2, len(X), 2)).copy()
+    if parts.calibration.noise_variation is not None:
+        for part, output in np.ndindex(2, 2):
+            features = np.column_stack([X, part_mean(part)[:, output]])
+            standard = (np.clip(features, -1.4, 1.6) - 0.1) / 1.1
+            found[part, :, output] *= np.exp(standard @ COEFFICIENTS[part, output])
+    return found
+
+
+@pytest.fixture(params=["plain", "calibrated", "varying"])
 def parts(request):
-    return {"plain": PLAIN, "calibrated": CALIBRATED}[request.param]
+    return {"plain": PLAIN, "calibrated": CALIBRATED, "varying": VARYING}[request.param]
 
 
 def test_shares_of_the_draws():
@@ -102,6 +121,13 @@ def test_calibration_stretches_the_variance_of_each_part_and_leaves_the_mean():
     np.testing.assert_allclose(epistemic, expected, rtol=1e-3)
 
 
+def test_the_noise_of_each_row():
+    _, epistemic, noise_var = mixture.regression_moments(VARYING, X)
+    np.testing.assert_allclose(noise_var, np.tensordot(WEIGHTS, noise_vars(VARYING), 1), rtol=1e-4)
+    np.testing.assert_array_equal(epistemic, mixture.regression_moments(CALIBRATED, X)[1])
+    assert noise_var[:, 0].max() > 1.5 * noise_var[:, 0].min()
+
+
 def test_a_part_has_factor_times_epistemic_plus_noise():
     """With one part the predictive variance is ``a * epistemic + b``."""
     one = OutOfFold(np.ones(1), FACTOR[:1], NOISE_VAR[:1], None, np.ones(2), 0.0, np.ones(2))
@@ -119,7 +145,7 @@ def test_the_law_of_total_variance(parts):
     centre = np.tensordot(SHARES, outputs, 1)
     np.testing.assert_allclose(centre, mean, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(np.tensordot(SHARES, (outputs - centre) ** 2, 1), epistemic, rtol=1e-3, atol=1e-6)
-    np.testing.assert_allclose(SHARES @ noise_std**2, noise_var[0], rtol=1e-5)
+    np.testing.assert_allclose(np.broadcast_to(np.tensordot(SHARES, noise_std**2, 1), mean.shape), noise_var, rtol=1e-5)
 
 
 def test_draws_are_numbered_through_the_backbones(parts):
@@ -127,7 +153,7 @@ def test_draws_are_numbered_through_the_backbones(parts):
     outputs, noise_std = mixture.function_draws(parts, X, picked)
     expected, noise = components(parts)
     np.testing.assert_allclose(outputs, expected[picked], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(noise_std, noise[picked, 0], rtol=1e-6)
+    np.testing.assert_allclose(np.broadcast_to(noise_std, outputs.shape), noise[picked], rtol=1e-4)
 
 
 @pytest.mark.parametrize("rows_at_once", [2**22, 8 * sum(COUNTS) * 2])
@@ -141,7 +167,7 @@ def test_quantiles_solve_the_distribution_function(parts, monkeypatch, rows_at_o
         for row, k in [(0, 0), (7, 1), (8, 0), (19, 1)]:
 
             def missing(value, row=row, k=k, level=level):
-                return SHARES @ scipy.stats.norm.cdf(value, means[:, row, k], noise[:, 0, k]) - level
+                return SHARES @ scipy.stats.norm.cdf(value, means[:, row, k], noise[:, row, k]) - level
 
             expected = scipy.optimize.brentq(missing, -50, 50, xtol=1e-10)
             np.testing.assert_allclose(solved[i, row, k], expected, atol=2e-3)

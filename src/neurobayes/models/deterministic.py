@@ -184,7 +184,7 @@ class DeterministicNN:
         X : (n, …) inputs in the user's units, rows shaped as ``input_shape``.
         y : (n,) or (n, d) targets, or (n,) integer class labels.
         epochs : passes over the data, at most, with early stopping.
-        batch_size : rows per step, reshuffled every epoch; by default all of up to 1,024 rows, else 256.
+        batch_size : rows per step, reshuffled every epoch; by default all of up to 256 rows, else 128.
         validation_data : ``(X_val, y_val)``; its mean negative log likelihood is in ``history``.
         early_stopping : True, a patience in epochs, or a dict with ``patience`` and ``min_delta``; stops on the
             validation loss and restores the weights where it was least.

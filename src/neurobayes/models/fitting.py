@@ -104,6 +104,7 @@ class Plan:
     template: Params
     num_backbones: int
     exact: bool
+    noise_varies: bool
     warm: Fitted | None = None
 
 
@@ -139,6 +140,7 @@ def make_plan(
     priors_sigma: Any,
     num_backbones: int | str = 1,
     engine: Engine | None = None,
+    noise_varies: bool = False,
     previous: Fitted | None = None,
     warm: bool = False,
 ) -> Plan:
@@ -194,6 +196,7 @@ def make_plan(
         template=template,
         num_backbones=count,
         exact=bayesian.exact,
+        noise_varies=noise_varies,
         warm=previous if warm else None,
     )
 
@@ -297,7 +300,8 @@ def _calibrate(plan: Plan, members: tuple[Member, ...], stage: Stage) -> OutOfFo
     mixture = Mixture(tuple(member.source for member in members), stage.parts, np.ones(1))
     if plan.likelihood.is_regression:
         mean, variance = (values[:, real] for values in member_moments(mixture, np.asarray(rows.x)))
-        return calibrate_variance(mean, variance, unseen, stage.parts, y.astype(float))
+        x = np.asarray(rows.x)[real] if plan.noise_varies else None
+        return calibrate_variance(mean, variance, unseen, stage.parts, y.astype(float), x)
     return calibrate_temperature(member_probabilities(mixture, np.asarray(rows.x))[0][:, real], unseen, y)
 
 

@@ -62,6 +62,9 @@ class PartialBNN(Predicting):
         that make left-out rows most likely (for classes, a temperature); None: the variance of the mixture as the
         posteriors give it. Each prediction may ask for the other. A single backbone has no left-out rows, and is
         never calibrated here.
+    noise : ``"varying"``: with that calibration, the logarithm of the noise variance is linear in the columns of a
+        table (of up to 100) and in the prediction, as far as errors on left-out rows show it; ``"constant"``: the same
+        for all rows.
 
     Attributes
     ----------
@@ -98,6 +101,7 @@ class PartialBNN(Predicting):
         standardize: bool | str = "auto",
         num_backbones: int | str = "auto",
         calibration: str | None = "out_of_fold",
+        noise: str = "varying",
     ):
         self.network = network
         self.num_classes = num_classes
@@ -111,11 +115,13 @@ class PartialBNN(Predicting):
         self.standardize = standardize
         self.num_backbones = num_backbones
         self.calibration = calibration
+        self.noise = noise
         if isinstance(num_backbones, str):
             _checks.check_one_of("num_backbones", num_backbones, ("auto",))
         else:
             _checks.check_positive_int("num_backbones", num_backbones)
         check_calibration(calibration)
+        _checks.check_one_of("noise", noise, ("varying", "constant"))
         if num_classes is not None:
             _checks.check_positive_int("num_classes", num_classes, minimum=2)
         _checks.check_one_of("prior_mean", prior_mean, ("map", "zero"))
@@ -172,7 +178,7 @@ class PartialBNN(Predicting):
         sgd_epochs : epochs of the deterministic stage, or the most to consider where ``map_sigma="auto"``
             chooses how many.
         sgd_lr : step size or optax schedule; by default a cosine from 0.01 downwards.
-        sgd_batch_size : rows per step; by default all of up to 1,024 rows, else 256.
+        sgd_batch_size : rows per step; by default all of up to 256 rows, else 128.
         swa_config : weight averaging in the deterministic stage, as for ``DeterministicNN``.
         map_sigma : prior standard deviation of all weights in the deterministic stage; ``"auto"`` chooses it and
             the number of epochs by the loss on left-out rows; None trains without a prior.
@@ -223,7 +229,7 @@ class PartialBNN(Predicting):
             select_config=select_neurons_config, given=self.deterministic_weights, num_classes=self.num_classes,
             standardize=self.standardize, noise_prior=self.noise_prior, prior_mean=self.prior_mean,
             priors_sigma=priors_sigma, num_backbones=self.num_backbones, engine=sampling.engine,
-            previous=self._previous(warm_start), warm=bool(warm_start),
+            noise_varies=self.noise == "varying", previous=self._previous(warm_start), warm=bool(warm_start),
         )  # fmt: skip
         if self.num_backbones == 1:
             deterministic_stage.warn_of_one(plan.prepared.num_rows, partial=self.prior_mean == "map")

@@ -266,5 +266,5 @@ class Predicting:
             return softmax(outputs if temperature is None else outputs / temperature)
         outputs = outputs.astype(float)
         if noise:
-            outputs += noise_std[:, None, :] * generator.standard_normal(outputs.shape)
+            outputs += noise_std * generator.standard_normal(outputs.shape)
         return to_target_shape(fitted.scaling.mean_to_user(outputs), fitted.target_ndim)

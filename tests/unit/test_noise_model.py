@@ -1,0 +1,148 @@
+"""Noise that varies with the input, against data drawn from the model itself."""
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from neurobayes import noise_model, out_of_fold
+from neurobayes.noise_model import Features, fit_noise, fit_variance, joined
+
+RNG = np.random.default_rng(0)
+NUM_ROWS = 20_000
+FACTOR, NOISE_VAR = 2.0, 0.5
+COEFFICIENTS = np.array([0.8, -0.4, 0.0])
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Epistemic variances, features and standardised errors."""
+    return RNG.gamma(1.0, size=NUM_ROWS), RNG.normal(size=(NUM_ROWS, 3)), RNG.normal(size=NUM_ROWS)
+
+
+def squared_errors(epistemic, features, errors, coefficients):
+    return (FACTOR * epistemic + NOISE_VAR * np.exp(features @ coefficients)) * errors**2
+
+
+# Four standard errors, by the scatter of the estimates over repetitions.
+LIMITS = {"factor": 0.15, "noise_var": 0.05, "coefficients": 0.08}
+
+
+class TestFit:
+    def fitted(self, rows, coefficients, features=None, dof=1e6):
+        epistemic, every, _ = rows
+        squared = squared_errors(*rows, coefficients)
+        return fit_noise(FACTOR * epistemic, squared, every if features is None else features, dof, squared.mean())
+
+    def check(self, found, coefficients):
+        noise_var, estimate = found
+        assert abs(noise_var - NOISE_VAR) < LIMITS["noise_var"]
+        np.testing.assert_allclose(estimate, coefficients, atol=LIMITS["coefficients"])
+
+    def test_finds_what_the_errors_were_drawn_with(self, rows):
+        self.check(self.fitted(rows, COEFFICIENTS), COEFFICIENTS)
+
+    def test_constant_noise_is_found_constant(self, rows):
+        """Negative control."""
+        self.check(self.fitted(rows, np.zeros(3)), np.zeros(3))
+
+    def test_noise_that_varies_is_not_found_constant(self, rows):
+        """Negative control: without the features the fit is another."""
+        noise_var, none = self.fitted(rows, COEFFICIENTS, rows[1][:, :0])
+        assert none.shape == (0,)
+        assert abs(noise_var - NOISE_VAR) > LIMITS["noise_var"]
+
+    def test_the_factor_and_constant_noise(self, rows):
+        factor, noise_var = fit_variance(rows[0], squared_errors(*rows, np.zeros(3)))
+        assert abs(factor - FACTOR) < LIMITS["factor"]
+        assert abs(noise_var - NOISE_VAR) < LIMITS["noise_var"]
+
+    def test_errors_with_the_tails_of_a_t(self, rows):
+        errors = np.random.default_rng(1).standard_t(5.0, NUM_ROWS) * np.sqrt(3.0 / 5.0)  # of variance one
+        self.check(self.fitted((*rows[:2], errors), COEFFICIENTS, dof=5.0), COEFFICIENTS)
+
+    def test_it_is_a_maximum(self, rows):
+        """The gradient is right: no step in any direction makes the errors likelier."""
+        epistemic, features, _ = some = tuple(array[:500] for array in rows)
+        noise_var, found = self.fitted(some, COEFFICIENTS, dof=7.0)
+        squared = squared_errors(*some, COEFFICIENTS)
+
+        def score(values):
+            total = FACTOR * epistemic + np.exp(values[0] + features @ values[1:])
+            scale = np.sqrt(total * 5.0 / 7.0)
+            penalty = 0.5 * noise_model.COEFFICIENT_PRECISION * np.sum(values[1:] ** 2)
+            return scipy.stats.t.logpdf(np.sqrt(squared), 7.0, scale=scale).sum() - penalty
+
+        best = np.array([np.log(noise_var), *found])
+        for direction in np.eye(4):
+            for step in (-0.05, 0.05):
+                assert score(best + step * direction) < score(best)
+
+    def test_a_few_rows_leave_it_nearly_constant(self, rows):
+        _, found = self.fitted(tuple(array[:20] for array in rows), COEFFICIENTS)
+        assert np.abs(found).max() < 0.2
+
+    def test_the_unit_of_the_errors_does_not_matter(self, rows):
+        epistemic, features, _ = some = tuple(array[:500] for array in rows)
+        noise_var, found = self.fitted(some, COEFFICIENTS)
+        squared = 1e-6 * squared_errors(*some, COEFFICIENTS)
+        scaled = fit_noise(1e-6 * FACTOR * epistemic, squared, features, 1e6, squared.mean())
+        np.testing.assert_allclose(scaled[0], 1e-6 * noise_var, rtol=1e-3)
+        np.testing.assert_allclose(scaled[1], found, atol=1e-3)
+
+
+class TestVariation:
+    def variation(self, x, means, coefficients):
+        return joined([[Features(x, means[0, :, k]) for k in range(means.shape[2])]], np.asarray(coefficients))
+
+    def test_its_geometric_mean_over_the_rows_it_was_made_from_is_one(self):
+        x, means = RNG.normal(3.0, 2.0, size=(50, 2)).astype(np.float32), RNG.normal(size=(1, 50, 2))
+        found = self.variation(x, means, [[[0.3, -0.2, 0.5], [0.0, 0.1, 0.0]]]).factor(x, means)
+        assert found.shape == (1, 50, 2)
+        np.testing.assert_allclose(np.log(found).mean(axis=1), 0.0, atol=1e-6)
+        np.testing.assert_allclose(np.log(found)[0, :, 0].std(),
+            np.std(np.column_stack([(x - x.mean(0)) / x.std(0), (means[0, :, 0] - means[0, :, 0].mean())
+            / means[0, :, 0].std()]) @ [0.3, -0.2, 0.5]), rtol=1e-5)  # fmt: skip
+
+    def test_beyond_the_rows_it_stays_as_it_is_at_their_edge(self):
+        x, means = np.linspace(-1, 1, 9, dtype=np.float32)[:, None], np.zeros((1, 9, 1))
+        one = self.variation(x, means, [[[0.7, 0.0]]])
+        far = one.factor(np.array([[-50.0], [-1.0], [1.0], [1e6]], np.float32), np.zeros((1, 4, 1)))[0, :, 0]
+        np.testing.assert_allclose(far[:2], far[0])
+        np.testing.assert_allclose(far[2:], far[3])
+        assert far[3] > 2 * far[0]
+
+    @pytest.mark.parametrize("x", [np.zeros((9, 101), np.float32), np.zeros((9, 4, 4, 1), np.float32),
+                                   np.zeros((9, 5), np.int32)], ids=["wide", "images", "tokens"])  # fmt: skip
+    def test_where_there_is_no_small_table_only_the_prediction_counts(self, x):
+        means = np.linspace(-1, 1, 9)[None, :, None]
+        found = self.variation(x, means, [[[0.5]]]).factor(x, means)[0, :, 0]
+        assert np.all(np.diff(found) > 0)
+
+
+class TestLeftOutRows:
+    def case(self, varies, seed=0, num_rows=2000):
+        """Predictions by members without scatter, and targets whose noise depends on the first column or not."""
+        rng = np.random.default_rng(seed)
+        x = rng.normal(size=(num_rows, 3)).astype(np.float32)
+        mean = np.repeat(rng.normal(size=(1, num_rows, 1)), 4, axis=0)
+        std = np.exp(0.5 * x[:, :1].astype(float)) if varies else np.ones((num_rows, 1))
+        y = mean[0] + std * rng.normal(size=(num_rows, 1))
+        unseen = np.arange(num_rows) % 4 == np.arange(4)[:, None]
+        return (mean, np.full_like(mean, 1e-4), unseen, np.zeros(4, int), y), x, std[:, 0]
+
+    def test_varying_noise_covers_every_part_of_the_inputs(self):
+        arguments, x, std = self.case(True)
+        found = out_of_fold.calibrate_variance(*arguments, x)
+        noise = found.noise_var[0, 0] * found.noise_variation.factor(x, arguments[0][:1])[0, :, 0]
+        assert np.mean(np.abs(np.log(noise) - 2 * np.log(std))) < 0.25  # of a standard deviation of one
+        assert np.corrcoef(np.log(noise), np.log(std))[0, 1] > 0.99
+        constant = out_of_fold.calibrate_variance(*arguments)
+        assert constant.noise_variation is None
+        assert found.log_score > constant.log_score + 0.05
+        assert abs(found.coverage[0] - 0.95) < 0.02
+
+    def test_noise_that_does_not_vary_is_left_alone(self):
+        """Negative control."""
+        arguments, x, _ = self.case(False)
+        found = out_of_fold.calibrate_variance(*arguments, x)
+        assert np.abs(found.noise_variation.coefficients).max() < 0.15
