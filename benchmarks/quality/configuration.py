@@ -41,6 +41,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "four backbones": {"num_backbones": 4},
     "no calibration": {"calibration": None},
     "one backbone, no calibration": {"num_backbones": 1, "calibration": None},
+    "constant noise": {"noise": "constant"},
     "prior centred at zero": {"prior_mean": "zero"},
     "prior scale 0.3": {"priors_sigma": 0.3},
     "NUTS": {"engine": "nuts"},
