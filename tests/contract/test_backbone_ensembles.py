@@ -505,6 +505,12 @@ class TestNumber:
         with pytest.raises(OptionError, match="num_backbones"):
             nb.PartialBNN(nb.FlaxMLP([4], 1), num_backbones=bad)
 
+    def test_backbones_of_given_weights(self, data, quick):
+        network = nb.FlaxMLP([4], 1)
+        weights = nb.DeterministicNN(network, (3,)).train(*data, epochs=2).get_params()
+        with pytest.raises(OptionError, match="num_backbones=4 asks for networks trained here"):
+            nb.PartialBNN(network, deterministic_weights=weights, num_backbones=4).fit(*data, **quick)
+
     @pytest.mark.parametrize("bad", ["in_fold", True, 1])
     def test_bad_calibration(self, bad, model, new_rows):
         with pytest.raises(OptionError, match="calibration must be 'out_of_fold' or None"):

@@ -79,6 +79,17 @@ def test_calibration_leaves_the_model_alone(fitted, method):
     assert vars(fitted).keys() == attributes.keys() and all(vars(fitted)[k] is attributes[k] for k in attributes)
 
 
+def test_rows_of_the_fit_are_noticed(fitted, regression, classifier, three_classes):
+    X, y = regression
+    with pytest.warns(CalibrationWarning, match=f"{len(X)} of the {len(X)} rows of X_cal and y_cal were used in fit"):
+        fitted.calibrate(X, y)
+    with pytest.warns(CalibrationWarning, match="were used in fit"):
+        classifier.calibrate(*three_classes)
+    # Negative control: other rows, and a few rows of the fit among them, are taken without a word.
+    fitted.calibrate(np.concatenate([X_CAL, X[:20]]), np.concatenate([Y_CAL, y[:20]]))
+    fitted.calibrate(X, y + 1.0)
+
+
 def test_calibration_leaves_a_classifier_alone(classifier, three_classes):
     X, y = three_classes
     before = classifier.predict(X)
@@ -167,7 +178,8 @@ def test_a_temperature_corrects_probabilities_and_keeps_classes(classifier, thre
 
 def test_defaults_are_variance_and_temperature(fitted, classifier, three_classes):
     assert fitted.calibrate(X_CAL, Y_CAL).calibration.method == "variance"
-    assert classifier.calibrate(*three_classes).calibration.method == "temperature"
+    X, y = three_classes
+    assert classifier.calibrate(X + 1e-3, y).calibration.method == "temperature"
 
 
 def test_the_method_of_the_model_is_the_function(fitted, calibrated):

@@ -132,7 +132,8 @@ def _continued(plan: Any, real: np.ndarray) -> Stage:
     """
     earlier = plan.warm
     common = min(earlier.num_rows, plan.prepared.num_rows)
-    if earlier.ensemble is not None and np.any(row_hashes(plan.prepared)[:common] != earlier.row_hashes[:common]):
+    hashes = training_row_hashes(plan.prepared)
+    if earlier.ensemble is not None and np.any(hashes[:common] != earlier.row_hashes[:common]):
         raise OptionError(
             f"warm_start keeps which rows each of {len(earlier.members)} backbones has seen, so X must begin with the "
             f"{earlier.num_rows} rows of the earlier fit, in their order; new ones come after them. Otherwise fit anew."
@@ -152,13 +153,18 @@ def _continued(plan: Any, real: np.ndarray) -> Stage:
     return Stage(params, state, [None] * len(params), weights, earlier.parts, ensemble)
 
 
-def row_hashes(prepared: Any) -> np.ndarray:
-    """A number for each training row, ``(rows,)``, which another row will hardly share."""
-    n = prepared.num_rows
-    columns = [np.asarray(values)[:n].reshape(n, -1).astype(np.float32) for values in prepared.rows[:2]]
+def row_hashes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """A number for each row of scaled inputs and targets, ``(n,)``, which another row will hardly share."""
+    columns = [np.asarray(values).reshape(len(x), -1).astype(np.float32) for values in (x, y)]
     bits = np.concatenate(columns, axis=1).view(np.uint32).astype(np.uint64)
     factors = np.random.default_rng(0).integers(1, 2**63, bits.shape[1], dtype=np.uint64) | np.uint64(1)
     return (bits * factors).sum(axis=1, dtype=np.uint64)  # modulo 2**64
+
+
+def training_row_hashes(prepared: Any) -> np.ndarray:
+    """``row_hashes`` of the rows of a fit, without their padding."""
+    n = prepared.num_rows
+    return row_hashes(np.asarray(prepared.rows.x)[:n], np.asarray(prepared.rows.y)[:n])
 
 
 def _unseen_rmse(plan: Any, params: list[Params], state: State, weights: np.ndarray, parts: np.ndarray) -> np.ndarray:

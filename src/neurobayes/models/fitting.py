@@ -177,6 +177,11 @@ def make_plan(
         network, prepared.rows.x, template, choice, config, info, engine, regression=regression
     )
     count = 1
+    if weights is not None and not warm and num_backbones not in ("auto", 1):
+        raise OptionError(
+            f"num_backbones={num_backbones} asks for networks trained here, and the weights are given, by "
+            "deterministic_weights= or by the network itself. Leave num_backbones out."
+        )
     if weights is None:
         count = deterministic_stage.how_many(network, prepared, template, num_backbones, bayesian)
     return Plan(
@@ -252,7 +257,7 @@ def run(plan: Plan, key: Key, options: PretrainingOptions, sampling: Sampling, r
         num_rows=prepared.num_rows,
         columns=prepared.columns,
         seed=seed,
-        row_hashes=deterministic_stage.row_hashes(prepared),
+        row_hashes=deterministic_stage.training_row_hashes(prepared),
     )
 
 

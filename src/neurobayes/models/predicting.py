@@ -1,5 +1,6 @@
 """Predictions of a fitted model: moments, quantiles, draws, densities and intervals, in the user's units."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,12 +10,13 @@ import scipy.stats
 
 from .. import _checks, mixture, predictive
 from .._checks import check_fraction
-from ..errors import NotFittedError, OptionError
+from ..errors import CalibrationWarning, NotFittedError, OptionError
 from ..mixture import Mixture
 from ..networks.base import Network
 from ..predictive import ClassPrediction, RegressionPrediction, as_pair
 from . import calibrated
 from .base import softmax, to_target_shape
+from .deterministic_stage import row_hashes
 from .fitting import Fitted, Member
 
 _SAME = "as the model"
@@ -160,8 +162,27 @@ class Predicting:
         X_cal, y_cal : inputs and targets, as for ``fit``.
         method : ``"variance"`` (the default for numbers), ``"isotonic"``, ``"conformal"``; ``"temperature"`` (the
             default) for classes.
+
+        Warns
+        -----
+        CalibrationWarning
+            Fewer than 20 rows, or most of them are rows of the fit.
         """
-        return calibrated.calibrate(self, X_cal, y_cal, method)
+        result = calibrated.calibrate(self, X_cal, y_cal, method)
+        fitted, x = self._inputs(X_cal)
+        if self.num_classes is None:
+            y = fitted.scaling.targets(_checks.as_targets(y_cal, len(x), training=False))
+        else:
+            y = _checks.as_class_labels(y_cal, len(x), self.num_classes, training=False)
+        known = int(np.isin(row_hashes(x, y), fitted.row_hashes).sum())
+        if known > len(x) / 2:
+            warnings.warn(
+                f"{known} of the {len(x)} rows of X_cal and y_cal were used in fit, where errors are smaller than on "
+                "new rows: the correction makes intervals too narrow. Give rows that were set aside before fit.",
+                CalibrationWarning,
+                stacklevel=2,
+            )
+        return result
 
     def sample_from_posterior(
         self,
