@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from . import _checks, data, pretraining, training, trees
+from . import _checks, data, training, trees
 from ._typing import Key, Params, State
 from .errors import OptionError, SelectionError, TrainingError
 from .likelihoods import Likelihood
@@ -26,6 +26,7 @@ from .subspaces import Subspace
 from .training import Rows
 
 EPOCHS = 100
+BATCH_ROWS = 256
 LEARNING_RATE = 0.005
 MIN_SNAPSHOTS = 20
 BATCHES_PER_EPOCH = 4
@@ -158,7 +159,7 @@ def collect_snapshots(
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Weights along a run of constant step size from ``params`` on, leaf path -> ``(snapshots, *leaf_shape)``."""
     num_rows = int(np.asarray(rows.real).sum())
-    batch = min(pretraining.BATCH_ROWS, -(-num_rows // BATCHES_PER_EPOCH))
+    batch = min(BATCH_ROWS, -(-num_rows // BATCHES_PER_EPOCH))
     program = training.Program(network, likelihood, batch_size=batch)
     settings = training.Settings(
         row_weights=np.asarray(rows.real, np.float32),

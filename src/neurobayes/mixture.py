@@ -110,28 +110,31 @@ def class_moments(mixture: Mixture, x: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return tempered, entropy * after / np.maximum(before, np.finfo(float).tiny)
 
 
-def function_draws(mixture: Mixture, x: np.ndarray, picked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def function_draws(
+    mixture: Mixture, x: np.ndarray, picked: np.ndarray, *, noise: bool = True
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Outputs ``(draws, n, d)`` and noise std ``(draws, n or 1, d)`` of the draws numbered ``picked``, working units.
 
     Draws are numbered through the backbones in order. With calibration their deviations from the mean are stretched.
+    Without ``noise`` its std is None.
     """
     counts = np.array([len(source.theta) for source in mixture.sources])
     member = np.searchsorted(np.cumsum(counts), picked, side="right")
     within = picked - (np.cumsum(counts) - counts)[member]
     outputs: Any = None
-    noise = np.empty((len(picked), mixture.sources[0].noise_std.shape[1]))
+    noise_std = np.empty((len(picked), mixture.num_outputs))
     for k in np.unique(member):
         source, here = mixture.sources[k], member == k
         values = predictive.function_draws(source, x, source.theta[within[here]])
         outputs = np.empty((len(picked), *values.shape[1:])) if outputs is None else outputs
-        outputs[here], noise[here] = values, source.noise_std[within[here]]
+        outputs[here], noise_std[here] = values, source.noise_std[within[here]]
     if mixture.calibration is None or mixture.calibration.epistemic_factor is None:
-        return outputs, noise[:, None, :]
+        return outputs, noise_std[:, None, :] if noise else None
     means, part = part_moments(mixture, x)[0], mixture.parts[member]
     stretch = np.sqrt(mixture.factors())[part][:, None, :]
     for k in np.unique(part):
         outputs[part == k] = means[k] + stretch[part == k] * (outputs[part == k] - means[k])
-    return outputs, np.sqrt(mixture.noise_vars(x, means))[part]
+    return outputs, np.sqrt(mixture.noise_vars(x, means))[part] if noise else None
 
 
 def num_draws(mixture: Mixture) -> int:
@@ -151,6 +154,7 @@ def quantiles(mixture: Mixture, x: np.ndarray, levels: Sequence[float]) -> np.nd
     everything, parts = np.arange(num_draws(mixture)), []
     for block in _row_blocks(mixture, x):
         outputs, noise = function_draws(mixture, x[block], everything)
+        assert noise is not None
         parts.append(predictive.solve_quantiles(outputs, noise, mixture.draw_weights, levels))
     return np.concatenate(parts, axis=1)
 
@@ -160,6 +164,7 @@ def log_density(mixture: Mixture, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     everything, parts = np.arange(num_draws(mixture)), []
     for block in _row_blocks(mixture, x):
         outputs, noise = function_draws(mixture, x[block], everything)
+        assert noise is not None
         each = gaussian_log_density(y[block], outputs, noise)
         parts.append(scipy.special.logsumexp(each, axis=0, b=mixture.draw_weights[:, None]))
     return np.concatenate(parts)

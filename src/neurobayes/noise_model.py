@@ -4,7 +4,9 @@ The variance of an error is taken as ``a * epistemic + b * s(x)``, where the
 logarithm of ``s`` is linear in the inputs and the prediction. A multiplicative
 variance function: Harvey (1976), "Estimating regression models with
 multiplicative heteroscedasticity", Econometrica 44(3). Its coefficients have a
-normal prior, so that a few rows leave the noise nearly constant.
+normal prior whose width the evidence chooses: MacKay (1992), "Bayesian
+interpolation", Neural Computation 4(3), so noise that does not vary is left
+nearly constant, and so is noise of which a few rows tell little.
 """
 
 import dataclasses
@@ -15,11 +17,16 @@ import scipy.optimize
 FACTOR_SPREAD = 1.0
 """Prior standard deviation of the logarithm of the epistemic factor: a guard for a handful of rows."""
 
-COEFFICIENT_PRECISION = 50.0
-"""Prior precision of the change of log noise variance with one standard deviation of a feature."""
+FIRST_PRECISION = 50.0
+PRECISIONS = (10.0, 1e4)
+"""Prior precision of the change of log noise variance with one standard deviation of a feature: to begin with, and the
+range in which the evidence chooses it."""
 
 MOST_COLUMNS = 100
 """With more inputs than this, or inputs that are no table, the noise depends on the prediction alone."""
+
+MOST_DEVIATIONS = 3.0
+"""Features are held within this many standard deviations, and within the range they have in the training rows."""
 
 LARGEST_CHANGE = 5.0
 """Most that a coefficient may be."""
@@ -27,65 +34,65 @@ LARGEST_CHANGE = 5.0
 NOISE_BOUNDS = (float(np.log(1e-3)), float(np.log(10.0)))
 """Bounds of the logarithm of the noise variance over the mean squared error on left-out rows."""
 
+ROWS_PER_BLOCK = 8192
+
 
 @dataclasses.dataclass(frozen=True)
-class NoiseVariation:
-    """How noise depends on the columns of a table, where there are few, and on the prediction itself.
+class Standard:
+    """Features brought to mean 0 and standard deviation 1, none beyond its range; each array holds one per feature."""
 
-    The noise variance of a row is ``exp(features @ coefficients)`` times its geometric mean over the training rows.
-    Beyond the range of a feature in those rows it stays as it is at the end of the range.
-
-    Attributes
-    ----------
-    coefficients : (parts, outputs, features) change of the logarithm with one standard deviation of a feature: the
-        columns used, and last the prediction.
-    lower, upper, centre, scale : (parts, outputs, features) range, mean and standard deviation of each feature.
-    """
-
-    coefficients: np.ndarray
     lower: np.ndarray
     upper: np.ndarray
     centre: np.ndarray
     scale: np.ndarray
 
+    @classmethod
+    def of(cls, values: np.ndarray) -> "Standard":
+        """That of values ``(n, ...)``."""
+        values = np.asarray(values, float)
+        centre, spread = values.mean(axis=0), values.std(axis=0)
+        scale = np.where(spread > 1e-6 * np.abs(values).max(axis=0, initial=0.0), spread, 1.0)
+        lower = np.maximum(values.min(axis=0), centre - MOST_DEVIATIONS * scale)
+        upper = np.minimum(values.max(axis=0), centre + MOST_DEVIATIONS * scale)
+        return cls(lower, upper, centre, scale)
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        return (np.clip(np.asarray(values, float), self.lower, self.upper) - self.centre) / self.scale
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseVariation:
+    """How noise depends on the columns of a table, where there are few, and on the prediction itself.
+
+    The noise variance of a row is a constant times ``exp(features @ coefficients)``. Beyond the range of a feature in
+    the training rows, or three standard deviations, it stays as it is at that end.
+
+    Attributes
+    ----------
+    coefficients : (parts, outputs, features) change of the logarithm with one standard deviation of a feature: the
+        columns used, and last the prediction.
+    columns : of the columns used, each ``(columns,)``.
+    prediction : of the predictions, each ``(parts, outputs)``.
+    """
+
+    coefficients: np.ndarray
+    columns: Standard
+    prediction: Standard
+
     def factor(self, x: np.ndarray, means: np.ndarray) -> np.ndarray:
-        """Noise variance over its geometric mean, ``(parts, n, outputs)``; ``means`` are the parts' predictions."""
-        result = np.empty(means.shape)
-        columns = self.coefficients.shape[2] - 1
-        for part, output in np.ndindex(self.coefficients.shape[:2]):
-            at = (part, output)
-            raw = np.clip(_raw(x, means[part, :, output], columns), self.lower[at], self.upper[at])
-            result[part, :, output] = np.exp((raw - self.centre[at]) / self.scale[at] @ self.coefficients[at])
-        return result
+        """``exp(features @ coefficients)`` of rows ``x``, ``(parts, n, outputs)``; ``means`` are the predictions."""
+        of_prediction = self.coefficients[:, None, :, -1]
+        logs = of_prediction * np.swapaxes(self.prediction(np.swapaxes(means, 0, 1)), 0, 1)
+        for first in range(0, len(x) if self.coefficients.shape[2] > 1 else 0, ROWS_PER_BLOCK):
+            rows = slice(first, first + ROWS_PER_BLOCK)
+            logs[:, rows] += np.einsum("nf,pof->pno", self.columns(x[rows]), self.coefficients[:, :, :-1])
+        return np.exp(logs)
 
 
-def num_columns(x: np.ndarray) -> int:
-    """How many input columns the noise may depend on: those of a table that is not too wide, else none."""
-    table = x.ndim == 2 and np.issubdtype(x.dtype, np.floating) and x.shape[1] <= MOST_COLUMNS
-    return x.shape[1] if table else 0
-
-
-class Features:
-    """Standardised features of the rows a noise model is fitted to, for one part and output."""
-
-    def __init__(self, x: np.ndarray, prediction: np.ndarray):
-        raw = _raw(x, prediction, num_columns(x))
-        spread = raw.std(axis=0)
-        self.lower, self.upper, self.centre = raw.min(axis=0), raw.max(axis=0), raw.mean(axis=0)
-        self.scale = np.where(spread > 0, spread, 1.0)
-        self.values = (raw - self.centre) / self.scale
-
-
-def _raw(x: np.ndarray, prediction: np.ndarray, columns: int) -> np.ndarray:
-    prediction = np.asarray(prediction, float)[:, None]
-    return np.concatenate([np.asarray(x, float), prediction], axis=1) if columns else prediction
-
-
-def joined(features: list[list[Features]], coefficients: np.ndarray) -> NoiseVariation:
-    """The variation of all parts and outputs; ``coefficients`` is ``(parts, outputs, features)``."""
-    ranges = {name: np.array([[getattr(one, name) for one in part] for part in features])
-              for name in ("lower", "upper", "centre", "scale")}  # fmt: skip
-    return NoiseVariation(coefficients, **ranges)
+def table(x: np.ndarray) -> np.ndarray:
+    """The columns ``(n, columns)`` that the noise may depend on: those of a table that is not too wide, else none."""
+    usable = x.ndim == 2 and np.issubdtype(x.dtype, np.floating) and x.shape[1] <= MOST_COLUMNS
+    return x if usable else np.zeros((len(x), 0))
 
 
 def fit_variance(epistemic: np.ndarray, squared: np.ndarray) -> tuple[float, float]:
@@ -115,7 +122,12 @@ def fit_variance(epistemic: np.ndarray, squared: np.ndarray) -> tuple[float, flo
 
 
 def fit_noise(
-    epistemic: np.ndarray, squared: np.ndarray, features: np.ndarray, dof: float, start: float
+    epistemic: np.ndarray,
+    squared: np.ndarray,
+    features: np.ndarray,
+    dof: float,
+    start: float,
+    precision: float = FIRST_PRECISION,
 ) -> tuple[float, np.ndarray]:
     """``(b, coefficients)`` of the most likely noise variance ``b * exp(features @ coefficients)``.
 
@@ -126,6 +138,7 @@ def fit_noise(
     features : (n, k), standardised; ``k = 0`` for constant noise.
     dof : degrees of freedom of the Student's t that the errors follow, above 2; the variance is that of the t.
     start : noise variance to start from.
+    precision : prior precision of the coefficients.
     """
     mse = max(float(squared.mean()), 1e-30)
     epistemic, squared = epistemic / mse, squared / mse
@@ -137,12 +150,25 @@ def fit_noise(
         total = epistemic + noise
         ratio = squared / (total * (dof - 2.0))
         slope = (0.5 - 0.5 * (dof + 1.0) * ratio / (1.0 + ratio)) / total * noise
-        penalty = 0.5 * COEFFICIENT_PRECISION * np.sum(coefficients**2) / num_rows
+        penalty = 0.5 * precision * np.sum(coefficients**2) / num_rows
         value = np.mean(0.5 * np.log(total) + 0.5 * (dof + 1.0) * np.log1p(ratio)) + penalty
-        pull = COEFFICIENT_PRECISION * coefficients / num_rows
+        pull = precision * coefficients / num_rows
         return value, np.append(np.mean(slope), features.T @ slope / num_rows + pull)
 
     bounds = [NOISE_BOUNDS, *[(-LARGEST_CHANGE, LARGEST_CHANGE)] * size]
     first = np.append(np.clip(np.log(start / mse), *NOISE_BOUNDS), np.zeros(size))
     found = scipy.optimize.minimize(negative, first, jac=True, method="L-BFGS-B", bounds=bounds).x
     return float(np.exp(found[0]) * mse), found[1:]
+
+
+def evidence_precision(
+    coefficients: np.ndarray, features: np.ndarray, noise_share: np.ndarray, dof: float, precision: float
+) -> float:
+    """The prior precision for which the errors are more likely: one step of MacKay's fixed-point iteration.
+
+    ``noise_share`` is (n,), noise over total variance; ``precision`` that with which ``coefficients`` were fitted.
+    """
+    information = dof / (2.0 * (dof + 3.0)) * noise_share**2  # of a row about the logarithm of its noise variance
+    curvature = np.linalg.eigvalsh((features * information[:, None]).T @ features)
+    well_determined = np.sum(curvature / (curvature + precision))
+    return float(np.clip(well_determined / max(np.sum(coefficients**2), 1e-12), *PRECISIONS))

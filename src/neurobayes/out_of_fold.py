@@ -14,7 +14,7 @@ import scipy.optimize
 import scipy.special
 import scipy.stats
 
-from .noise_model import Features, NoiseVariation, fit_noise, fit_variance, joined
+from .noise_model import FIRST_PRECISION, NoiseVariation, Standard, evidence_precision, fit_noise, fit_variance, table
 
 FULL_CORRECTION_ROWS = 100
 """Rows at which half of the correction for an ensemble's size is made. It is unbiased, and with few rows so uncertain
@@ -23,8 +23,11 @@ that the least of many corrected errors would be the luckiest."""
 LEAST_ERROR = 0.05
 """Least corrected squared error, as a share of the uncorrected one; guards an estimate from few rows."""
 
-TAIL_ROUNDS = 3
-"""Rounds of fitting tails and noise in turn: noise that varies looks like heavy tails until it is fitted."""
+ROUNDS = 5
+"""Rounds of fitting tails, noise and its prior in turn: noise that varies looks like heavy tails until it is fitted."""
+
+MOST_ROWS = 10_000
+"""Left-out rows that tails and noise are fitted to, spread evenly over more."""
 
 MIN_DOF = 2.0
 GAUSSIAN_DOF = 30.0
@@ -51,7 +54,7 @@ class OutOfFold:
     weights : (parts,) share of each part in the mixture; they sum to one.
     epistemic_factor : (parts, outputs) ``a`` in ``variance = a * epistemic + b``; None for classes.
     noise_var : (parts, outputs) ``b``, in squared working units; None for classes. Where the noise varies this is
-        its geometric mean over the training rows.
+        its value for a row with all features at their mean.
     temperature : class probabilities are raised to one over it and renormalised; None for regression.
     rmse : (outputs,) error expected of the first part on new rows, working units; None for classes.
     log_score : mean log density (log probability) of the left-out rows after calibration, nats per row.
@@ -144,8 +147,10 @@ def calibrate_variance(
     y : (n, outputs) targets, working units.
     x : (n, …) inputs, for noise that may vary with them; None for constant noise.
     """
+    columns = None if x is None else Standard.of(table(x))
+    values = None if columns is None or x is None else columns(table(x))
     found = [
-        _calibrate_part(mean[parts == p], variance[parts == p], unseen[parts == p], y, x) for p in np.unique(parts)
+        _calibrate_part(mean[parts == p], variance[parts == p], unseen[parts == p], y, values) for p in np.unique(parts)
     ]
     scores = np.array([part.log_score for part in found])
     weights = scipy.special.softmax(STACKING * len(y) * scores)
@@ -158,7 +163,7 @@ def calibrate_variance(
     return OutOfFold(
         weights, np.stack([part.factor for part in found]), np.stack([part.noise_var for part in found]), None,
         np.sqrt(found[0].mse), float(score), np.mean(squared < 1.959964**2 * total, axis=0), tail,
-        None if x is None else joined([part.features for part in found], np.stack([p.coefficients for p in found])),
+        None if columns is None else _variation(found, columns),
     )  # fmt: skip
 
 
@@ -167,7 +172,7 @@ class _Part(NamedTuple):
 
     factor: np.ndarray
     noise_var: np.ndarray
-    features: list[Features]
+    prediction: Standard
     coefficients: np.ndarray
     centre: np.ndarray
     total: np.ndarray
@@ -175,20 +180,31 @@ class _Part(NamedTuple):
     log_score: float
 
 
-def _calibrate_part(mean: np.ndarray, variance: np.ndarray, unseen: np.ndarray, y: np.ndarray, x) -> _Part:
+def _calibrate_part(
+    mean: np.ndarray, variance: np.ndarray, unseen: np.ndarray, y: np.ndarray, columns: np.ndarray | None
+) -> _Part:
+    """One part; ``columns`` (n, k) are what its noise depends on besides its prediction, None for constant noise."""
     num_members, num_rows = len(mean), len(y)
     squared, centre, between = expected_squared_error(mean, unseen, y, num_members)
     within, _ = left_out_mean(variance, unseen)
     epistemic = within + between * (1.0 - 1.0 / num_members)  # what the variance over all members' draws will be
-    features = [] if x is None else [Features(x, column) for column in centre.T]
-    values = [one.values for one in features] or [np.zeros((num_rows, 0))] * y.shape[1]
-    fits = [_fit_output(epistemic[:, i], squared[:, i], (centre - y)[:, i], values[i]) for i in range(y.shape[1])]
+    prediction = Standard.of(centre)
+    standard, fits, changes = prediction(centre), [], []
+    for i in range(y.shape[1]):
+        features = np.zeros((num_rows, 0)) if columns is None else np.column_stack([columns, standard[:, i]])
+        fits.append(_fit_output(epistemic[:, i], squared[:, i], (centre - y)[:, i], features))
+        changes.append(np.exp(features @ fits[i][2]))
     factor, noise_var, coefficients = (np.array(found) for found in zip(*fits, strict=True))
-    change = np.exp(np.stack([values[i] @ coefficients[i] for i in range(len(fits))], axis=1))
-    total = factor * epistemic + noise_var * change
+    total = factor * epistemic + noise_var * np.stack(changes, axis=1)
     mse = ensemble_error(mean, unseen, y, num_members)
     score = float(_log_score(squared, total).mean())
-    return _Part(factor, noise_var, features, coefficients, centre, total, mse, score)
+    return _Part(factor, noise_var, prediction, coefficients, centre, total, mse, score)
+
+
+def _variation(parts: list[_Part], columns: Standard) -> NoiseVariation:
+    predictions = [part.prediction for part in parts]
+    ranges = (np.stack([getattr(one, field.name) for one in predictions]) for field in dataclasses.fields(Standard))
+    return NoiseVariation(np.stack([part.coefficients for part in parts]), columns, Standard(*ranges))
 
 
 def _fit_output(
@@ -198,12 +214,16 @@ def _fit_output(
     if squared.mean() < LEAST_ERROR * np.mean(error**2):  # as ``ensemble_error`` has it
         squared = LEAST_ERROR * error**2
     factor, noise_var = fit_variance(epistemic, squared)
-    each = np.maximum(squared, LEAST_ERROR * error**2)  # a single corrected square may be negative
-    coefficients = np.zeros(features.shape[1])
-    for _ in range(TAIL_ROUNDS):
-        total = factor * epistemic + noise_var * np.exp(features @ coefficients)
-        dof = max(_fit_tail(error / np.sqrt(total))[0], LEAST_FIT_DOF)
-        noise_var, coefficients = fit_noise(factor * epistemic, each, features, dof, noise_var)
+    chosen = slice(None, None, -(-len(error) // MOST_ROWS))
+    features, error, inside = features[chosen], error[chosen], factor * epistemic[chosen]
+    each = np.maximum(squared[chosen], LEAST_ERROR * error**2)  # a single corrected square may be negative
+    coefficients, precision, dof = np.zeros(features.shape[1]), FIRST_PRECISION, GAUSSIAN_DOF
+    for number in range(ROUNDS):
+        noise = noise_var * np.exp(features @ coefficients)
+        if number and len(coefficients):
+            precision = evidence_precision(coefficients, features, noise / (inside + noise), dof, precision)
+        dof = max(_fit_tail(error / np.sqrt(inside + noise))[0], LEAST_FIT_DOF)
+        noise_var, coefficients = fit_noise(inside, each, features, dof, noise_var, precision)
     return factor, noise_var, coefficients
 
 

@@ -183,7 +183,7 @@ def solve_quantiles(
     size = data.bucket_size(means.shape[1])  # one compiled program for all row counts of a bucket
 
     def padded(values: np.ndarray) -> np.ndarray:
-        more = size - values.shape[1] if values.shape[1] > 1 else 0
+        more = size - means.shape[1] if values.shape[1] == means.shape[1] else 0
         return np.pad(values, [(0, 0), (0, more), (0, 0)], mode="edge").astype(np.float32)
 
     solved = _solve_quantiles(

@@ -14,7 +14,7 @@ import neurobayes as nb
 from neurobayes import mixture, trees
 from neurobayes.mixture import Mixture
 from neurobayes.networks import as_network
-from neurobayes.noise_model import NoiseVariation
+from neurobayes.noise_model import NoiseVariation, Standard
 from neurobayes.out_of_fold import OutOfFold
 from neurobayes.partition import Partition
 from neurobayes.predictive import Source
@@ -29,8 +29,9 @@ FACTOR = np.array([[2.0, 0.5], [4.0, 1.0]])
 NOISE_VAR = np.array([[0.3, 0.1], [0.02, 1.5]])
 CALIBRATION = OutOfFold(WEIGHTS, FACTOR, NOISE_VAR, None, np.ones(2), 0.0, np.ones(2))
 COEFFICIENTS = np.array([[[0.5, 0.0, -0.3, 0.2], [0.0, 0.4, 0.0, -0.5]], [[0.1, 0.2, 0.3, 0.4], [0.0, 0.0, 0.0, 0.0]]])
-CENTRE = np.full((2, 2, 4), 0.1)
-VARIATION = NoiseVariation(COEFFICIENTS, CENTRE - 1.5, CENTRE + 1.5, CENTRE, CENTRE + 1.0)
+VARIATION = NoiseVariation(
+    COEFFICIENTS, *(Standard(*(np.full(shape, value) for value in (-1.4, 1.6, 0.1, 1.1))) for shape in [(3,), (2, 2)])
+)
 
 
 def source(seed, num_draws):
@@ -154,6 +155,9 @@ def test_draws_are_numbered_through_the_backbones(parts):
     expected, noise = components(parts)
     np.testing.assert_allclose(outputs, expected[picked], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(np.broadcast_to(noise_std, outputs.shape), noise[picked], rtol=1e-4)
+    without, none = mixture.function_draws(parts, X, picked, noise=False)
+    np.testing.assert_array_equal(without, outputs)
+    assert none is None
 
 
 @pytest.mark.parametrize("rows_at_once", [2**22, 8 * sum(COUNTS) * 2])

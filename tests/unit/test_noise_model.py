@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 from neurobayes import noise_model, out_of_fold
-from neurobayes.noise_model import Features, fit_noise, fit_variance, joined
+from neurobayes.noise_model import NoiseVariation, Standard, evidence_precision, fit_noise, fit_variance, table
 
 RNG = np.random.default_rng(0)
 NUM_ROWS = 20_000
@@ -69,7 +69,7 @@ class TestFit:
         def score(values):
             total = FACTOR * epistemic + np.exp(values[0] + features @ values[1:])
             scale = np.sqrt(total * 5.0 / 7.0)
-            penalty = 0.5 * noise_model.COEFFICIENT_PRECISION * np.sum(values[1:] ** 2)
+            penalty = 0.5 * noise_model.FIRST_PRECISION * np.sum(values[1:] ** 2)
             return scipy.stats.t.logpdf(np.sqrt(squared), 7.0, scale=scale).sum() - penalty
 
         best = np.array([np.log(noise_var), *found])
@@ -90,18 +90,35 @@ class TestFit:
         np.testing.assert_allclose(scaled[1], found, atol=1e-3)
 
 
+def test_the_evidence_tells_noise_that_varies_from_noise_that_does_not(rows):
+    def precision(coefficients, used):
+        some, found = tuple(array[:used] for array in rows), noise_model.FIRST_PRECISION
+        squared = squared_errors(*some, coefficients)
+        for _ in range(8):
+            noise_var, fitted = fit_noise(FACTOR * some[0], squared, some[1], 1e6, squared.mean(), found)
+            noise = noise_var * np.exp(some[1] @ fitted)
+            found = evidence_precision(fitted, some[1], noise / (FACTOR * some[0] + noise), 1e6, found)
+        return found
+
+    varies, constant = precision(COEFFICIENTS, NUM_ROWS), precision(np.zeros(3), NUM_ROWS)
+    assert varies == noise_model.PRECISIONS[0]  # three over the sum of squares, 0.8, is below the least
+    assert constant > 500.0
+
+
 class TestVariation:
     def variation(self, x, means, coefficients):
-        return joined([[Features(x, means[0, :, k]) for k in range(means.shape[2])]], np.asarray(coefficients))
+        over_rows = Standard.of(np.swapaxes(means, 0, 1))
+        return NoiseVariation(np.asarray(coefficients), Standard.of(table(x)), over_rows)
 
-    def test_its_geometric_mean_over_the_rows_it_was_made_from_is_one(self):
+    def test_of_features_at_their_mean_it_is_one(self, monkeypatch):
+        monkeypatch.setattr(noise_model, "ROWS_PER_BLOCK", 7)
         x, means = RNG.normal(3.0, 2.0, size=(50, 2)).astype(np.float32), RNG.normal(size=(1, 50, 2))
         found = self.variation(x, means, [[[0.3, -0.2, 0.5], [0.0, 0.1, 0.0]]]).factor(x, means)
         assert found.shape == (1, 50, 2)
-        np.testing.assert_allclose(np.log(found).mean(axis=1), 0.0, atol=1e-6)
-        np.testing.assert_allclose(np.log(found)[0, :, 0].std(),
-            np.std(np.column_stack([(x - x.mean(0)) / x.std(0), (means[0, :, 0] - means[0, :, 0].mean())
-            / means[0, :, 0].std()]) @ [0.3, -0.2, 0.5]), rtol=1e-5)  # fmt: skip
+        np.testing.assert_allclose(np.log(found).mean(axis=1), 0.0, atol=0.02)
+        columns = np.column_stack([x.astype(float), means[0, :, 0]])
+        standard = np.clip((columns - columns.mean(axis=0)) / columns.std(axis=0), -3, 3)
+        np.testing.assert_allclose(np.log(found)[0, :, 0], standard @ [0.3, -0.2, 0.5], rtol=1e-4, atol=1e-6)
 
     def test_beyond_the_rows_it_stays_as_it_is_at_their_edge(self):
         x, means = np.linspace(-1, 1, 9, dtype=np.float32)[:, None], np.zeros((1, 9, 1))
@@ -111,12 +128,31 @@ class TestVariation:
         np.testing.assert_allclose(far[2:], far[3])
         assert far[3] > 2 * far[0]
 
+    def test_columns_with_heavy_tails_do_not_run_away(self):
+        """Rows of extreme size, which are within the range of the training rows, get bounded noise."""
+        rng = np.random.default_rng(0)
+        x = np.exp(1.5 * rng.normal(size=(3000, 3))).astype(np.float32)
+        x = (x - x.mean(axis=0)) / x.std(axis=0)
+        errors = rng.normal(size=(3000, 1)) * (1.0 + (x[:, :1] > 0))
+        mean = np.zeros((2, 3000, 1))
+        unseen = np.arange(3000) % 2 == np.arange(2)[:, None]
+        found = out_of_fold.calibrate_variance(mean, mean + 1e-3, unseen, np.zeros(2, int), errors, x)
+        factor = found.noise_variation.factor(x, mean[:1])
+        assert found.noise_variation.coefficients[0, 0, 0] > 0.2
+        assert factor.max() < 50 and factor.min() > 0.02
+
     @pytest.mark.parametrize("x", [np.zeros((9, 101), np.float32), np.zeros((9, 4, 4, 1), np.float32),
                                    np.zeros((9, 5), np.int32)], ids=["wide", "images", "tokens"])  # fmt: skip
     def test_where_there_is_no_small_table_only_the_prediction_counts(self, x):
         means = np.linspace(-1, 1, 9)[None, :, None]
+        assert table(x).shape == (9, 0)
         found = self.variation(x, means, [[[0.5]]]).factor(x, means)[0, :, 0]
         assert np.all(np.diff(found) > 0)
+
+    def test_a_column_without_spread_changes_nothing(self):
+        x, means = np.full((9, 1), 0.1, np.float32), np.linspace(-1, 1, 9)[None, :, None]
+        found = self.variation(x, means, [[[5.0, 0.0]]]).factor(x, means)
+        np.testing.assert_allclose(found, 1.0, rtol=1e-6)
 
 
 class TestLeftOutRows:

@@ -186,8 +186,7 @@ class _Run:
         if jax.default_backend() != "cpu":
             return jax.block_until_ready([group.dispatch(size, sampling) for group in self.groups])
         # A CPU may run a whole program within the call that starts it, so each call has a thread of its own.
-        compiled = max(self.counters["warm-up"], self.counters["sampling"]) > 0
-        return side_by_side(advance, ((group,) for group in self.groups), compiled=compiled)
+        return side_by_side(advance, ((group,) for group in self.groups), compiled=True)
 
     def _save(self, *, force: bool) -> None:
         if self.control.checkpoint is None or not self.unsaved_work:

@@ -25,6 +25,7 @@ from .base import abstract_key
 from .choosing import resolve_untrained
 from .progress import Report
 
+HASHED_ROWS = 1024
 MIN_NOISE_START = 1e-3
 
 EXACT_BACKBONES = 16
@@ -155,10 +156,15 @@ def _continued(plan: Any, real: np.ndarray) -> Stage:
 
 def row_hashes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """A number for each row of scaled inputs and targets, ``(n,)``, which another row will hardly share."""
-    columns = [np.asarray(values).reshape(len(x), -1).astype(np.float32) for values in (x, y)]
-    bits = np.concatenate(columns, axis=1).view(np.uint32).astype(np.uint64)
-    factors = np.random.default_rng(0).integers(1, 2**63, bits.shape[1], dtype=np.uint64) | np.uint64(1)
-    return (bits * factors).sum(axis=1, dtype=np.uint64)  # modulo 2**64
+    flat = [np.asarray(values).reshape(len(x), -1) for values in (x, y)]
+    width = sum(values.shape[1] for values in flat)
+    factors = np.random.default_rng(0).integers(1, 2**63, width, dtype=np.uint64) | np.uint64(1)
+    found = np.zeros(len(x), np.uint64)
+    for first in range(0, len(x), HASHED_ROWS):
+        rows = slice(first, first + HASHED_ROWS)
+        bits = np.concatenate([values[rows].astype(np.float32) for values in flat], axis=1).view(np.uint32)
+        found[rows] = (bits.astype(np.uint64) * factors).sum(axis=1, dtype=np.uint64)  # modulo 2**64
+    return found
 
 
 def training_row_hashes(prepared: Any) -> np.ndarray:

@@ -175,7 +175,9 @@ class Predicting:
         else:
             y = _checks.as_class_labels(y_cal, len(x), self.num_classes, training=False)
         known = int(np.isin(row_hashes(x, y), fitted.row_hashes).sum())
-        if known > len(x) / 2:
+        # Where rows repeat within the training data, new ones may well equal some of them.
+        distinct = len(np.unique(fitted.row_hashes)) > 0.9 * len(fitted.row_hashes)
+        if distinct and known > len(x) / 2:
             warnings.warn(
                 f"{known} of the {len(x)} rows of X_cal and y_cal were used in fit, where errors are smaller than on "
                 "new rows: the correction makes intervals too narrow. Give rows that were set aside before fit.",
@@ -281,11 +283,11 @@ class Predicting:
             # Evenly along the shares: each draw as often as its share asks for, to within one.
             places = (generator.permutation(num_draws) + generator.random()) / num_draws
             picked = np.searchsorted(np.cumsum(parts.draw_weights), places, side="right").clip(max=available - 1)
-        outputs, noise_std = mixture.function_draws(parts, x, picked)
+        outputs, noise_std = mixture.function_draws(parts, x, picked, noise=noise and self.is_regression)
         if not self.is_regression:
             temperature = None if parts.calibration is None else parts.calibration.temperature
             return softmax(outputs if temperature is None else outputs / temperature)
         outputs = outputs.astype(float)
-        if noise:
+        if noise_std is not None:
             outputs += noise_std * generator.standard_normal(outputs.shape)
         return to_target_shape(fitted.scaling.mean_to_user(outputs), fitted.target_ndim)
