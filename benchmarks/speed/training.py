@@ -54,7 +54,7 @@ def training(repeats: int) -> Result:
 
 def _train(X, y, *, track_statistics: bool):
     model = nb.DeterministicNN(nb.FlaxMLP(HIDDEN, 1), input_shape=(X.shape[1],), learning_rate=RATE)
-    return model.train(X, y, epochs=EPOCHS, track_statistics=track_statistics, progress_bar=False)
+    return model.train(X, y, epochs=EPOCHS, batch_size=ROWS, track_statistics=track_statistics, progress_bar=False)
 
 
 def _python_loops(X, y) -> dict[str, Any]:
