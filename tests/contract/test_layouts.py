@@ -78,6 +78,7 @@ def in_process(data, tmp_path, num_devices, layouts):
         return dict(found)
 
 
+@pytest.mark.slow
 def test_on_two_devices(regression, four, tmp_path):
     found = in_process(regression, tmp_path, 2, ["parallel-2"])
     np.testing.assert_array_equal(found["parallel-2"], four[:2])

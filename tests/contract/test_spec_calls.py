@@ -102,6 +102,7 @@ def test_every_selection_method_gives_the_asked_number_of_weights(deep_mlp, four
     assert counts(pbn) == {"Dense0.kernel": 7, "Dense2.kernel": 7, "Dense3.bias": 1, "Dense3.kernel": 6}
 
 
+@pytest.mark.slow
 def test_classification_with_ten_classes():
     rng = np.random.default_rng(4)
     y_train = rng.permutation(np.repeat(np.arange(10), 8))

@@ -35,7 +35,15 @@ WITH_PYTHON = [path for path in DOCUMENTS if blocks_of(path, "python")]
 CLI_BLOCKS = [block for path in DOCUMENTS if path == README for block in blocks_of(path, "bash") if runs_cli(block)]
 
 
-@pytest.mark.parametrize("path", WITH_PYTHON, ids=ids(WITH_PYTHON))
+# The pages that take longest are left to the slow run.
+SLOW_PAGES = ("05-two-stage-training.md", "11-which-weights.md")
+PAGES = [
+    pytest.param(path, id=name, marks=[pytest.mark.slow] if path.name in SLOW_PAGES else [])
+    for path, name in zip(WITH_PYTHON, ids(WITH_PYTHON), strict=True)
+]
+
+
+@pytest.mark.parametrize("path", PAGES)
 def test_python_blocks_run_in_order(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}

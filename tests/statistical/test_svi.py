@@ -55,6 +55,7 @@ def test_bound_rises_to_the_evidence(linear, low_rank):
     assert evidence - 0.3 < low_rank.info["final_elbo"] < evidence + 0.1
 
 
+@pytest.mark.slow
 def test_flow_fits_a_skewed_posterior_better_than_a_gaussian(skewed):
     """Two weights and the noise of five rows: the bound of the richer family is higher."""
     density, start = skewed
