@@ -1,6 +1,7 @@
 """Work on all cores where compiled programs keep only one busy."""
 
 import contextlib
+import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -19,8 +20,11 @@ def side_by_side(function: Callable[..., Any], items: Iterable[tuple], *, compil
     taken from the iterable only shortly before they run.
     """
     waiting = iter(items)
-    first = [] if compiled else [next(waiting, None)]
-    results = [function(*item) for item in first if item is not None]
+    results = [function(*item) for item in itertools.islice(waiting, 0 if compiled else 1)]
+    only = list(itertools.islice(waiting, 2))
+    if len(only) < 2:  # a pool of threads costs as much as a short program
+        return results + [function(*item) for item in only]
+    waiting = itertools.chain(only, waiting)
     workers = min(MAX_THREADS, os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
     if workers == 1:
         return results + [function(*item) for item in waiting]
