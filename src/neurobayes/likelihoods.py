@@ -108,6 +108,11 @@ class HeteroskedasticGaussian(Likelihood):
         return jnp.concatenate([jnp.exp(-log_std), jnp.where(inside, math.sqrt(2.0), 0.0)], axis=-1)
 
 
+def mean_noise_var(mean: Any, var: Any) -> Any:
+    """Mean noise variance where the logarithm of the noise std is normal with this mean and variance."""
+    return jnp.exp(2.0 * jnp.clip(mean + var, *LOG_STD_BOUNDS))
+
+
 @dataclasses.dataclass(frozen=True)
 class Categorical(Likelihood):
     """One class out of ``num_outputs``; the outputs are logits and ``y`` holds integer labels ``(n,)``."""

@@ -19,7 +19,7 @@ from . import data, trees
 from ._threads import side_by_side
 from ._typing import Array, Params, State
 from .hoisting import Hoisted, hoist_network
-from .likelihoods import split_outputs
+from .likelihoods import mean_noise_var, split_outputs
 from .networks.base import Network
 from .partition import Partition
 from .posterior import Analytic
@@ -157,9 +157,12 @@ def regression_moments(source: Source, x: np.ndarray) -> tuple[np.ndarray, np.nd
 
 def noisy_moments(source: Source, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """As ``regression_moments``, and the mean noise variance over draws, ``(n or 1, outputs)``."""
-    if source.analytic is not None:
-        return *_analytic_moments(source, source.analytic, x), source.noise_var[None]
     size = source.noise_outputs
+    if source.analytic is not None:
+        mean, variance = _analytic_moments(source, source.analytic, x)
+        if size:
+            return mean[:, :size], variance[:, :size], np.asarray(mean_noise_var(mean[:, size:], variance[:, size:]))
+        return mean, variance, source.noise_var[None]
     mean, squares = _reduce(source, x, _means_and_noise_vars if size else _identity)
     variance = np.maximum(squares, 0.0) / len(source.theta)
     if size:
