@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ._typing import Array, Key
 from .errors import OptionError
@@ -108,9 +109,9 @@ class HeteroskedasticGaussian(Likelihood):
         return jnp.concatenate([jnp.exp(-log_std), jnp.where(inside, math.sqrt(2.0), 0.0)], axis=-1)
 
 
-def mean_noise_var(mean: Any, var: Any) -> Any:
+def mean_noise_var(mean: np.ndarray, var: np.ndarray) -> np.ndarray:
     """Mean noise variance where the logarithm of the noise std is normal with this mean and variance."""
-    return jnp.exp(2.0 * jnp.clip(mean + var, *LOG_STD_BOUNDS))
+    return np.exp(2.0 * np.clip(mean + var, *LOG_STD_BOUNDS))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -161,7 +161,7 @@ def noisy_moments(source: Source, x: np.ndarray) -> tuple[np.ndarray, np.ndarray
     if source.analytic is not None:
         mean, variance = _analytic_moments(source, source.analytic, x)
         if size:
-            return mean[:, :size], variance[:, :size], np.asarray(mean_noise_var(mean[:, size:], variance[:, size:]))
+            return mean[:, :size], variance[:, :size], mean_noise_var(mean[:, size:], variance[:, size:])
         return mean, variance, source.noise_var[None]
     mean, squares = _reduce(source, x, _means_and_noise_vars if size else _identity)
     variance = np.maximum(squares, 0.0) / len(source.theta)

@@ -235,6 +235,19 @@ def test_any_units_give_the_same(one, regression, quick):
     np.testing.assert_allclose(density, twin.log_predictive_density(X, factor * y + shift), rtol=2e-2, atol=2e-2)
 
 
+def test_a_second_fit_and_its_predictions_compile_nothing(one, regression, quick, count_compilations):
+    def everything(rows, number):
+        model = fit(*rows, quick, 2, num_backbones=2)
+        for calibration in ("out_of_fold", None):
+            model.posterior_predictive(NEW[:number], quantiles=[0.5], num_draws=7, calibration=calibration)
+            model.log_predictive_density(NEW[:number], np.zeros(number), form="mixture", calibration=calibration)
+
+    everything(regression, 24)
+    with count_compilations() as compilations:
+        everything([values[::-1] for values in regression], 23)
+    assert compilations.number == 0
+
+
 def test_left_out_rows_are_judged_by_their_density(one, regression):
     """The loss at the best look is that of the members' Gaussian, noise included."""
     fitted, (X, y) = one._fitted, regression
