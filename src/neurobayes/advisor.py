@@ -14,10 +14,11 @@ import numpy as np
 from . import _checks, metrics, priors, selectors
 from .errors import ConvergenceWarning, DataError, OptionError
 from .inference.base import Engine, RunControl
-from .likelihoods import Categorical, Gaussian
+from .likelihoods import Likelihood
 from .models.base import TrainedParams, as_user_network, network_info, prepare
 from .models.deterministic import DeterministicNN
 from .models.fitting import pretraining_options
+from .models.noise import check_noise, likelihood_of
 from .models.partial_bnn import PartialBNN
 from .models.sampling import Sampling
 from .network_info import DATA_SCORES, NetworkInfo
@@ -129,6 +130,7 @@ def compare_partitions(
     priors_sigma: float | Mapping[str, float] = 1.0,
     prior_mean: str = "map",
     noise_prior: Any = None,
+    noise: str = "constant",
     deterministic_weights: Any = None,
     sgd_epochs: int | None = None,
     sgd_lr: Any = None,
@@ -145,6 +147,7 @@ def compare_partitions(
     Parameters
     ----------
     network, num_classes, prior_mean, noise_prior : as for ``PartialBNN``.
+    noise : ``"constant"``, or ``"network"`` as for ``PartialBNN``.
     X, y : all rows; a random share of them is held out.
     candidates : name -> selector, or selectors. By default the last layer, the last two, the first and the last, the
         ``k`` best weights by each score (as many as the last two layers have, at most 500), and everything.
@@ -186,12 +189,13 @@ def compare_partitions(
         budget_seconds = _checks.check_positive("budget_seconds", budget_seconds)
     sampling = Sampling.from_user(engine, "vectorized", num_warmup, num_samples, num_chains, None, None, None)
     options = pretraining_options(sgd_epochs, sgd_lr, sgd_batch_size, swa_config, map_sigma)
-    wrapped = as_user_network(network)
+    check_noise(noise, num_classes, noise_prior)
+    wrapped, likelihood = as_user_network(network), likelihood_of(noise, num_classes)
     fit_rows, held_out = _split(wrapped, X, y, num_classes, held_out_fraction, seed)
     named = None if candidates is None else _named(candidates)
     weights = deterministic_weights
     if weights is None and wrapped.pretrained is None:
-        weights = _backbone(wrapped, *fit_rows, num_classes, options, seed)
+        weights = _backbone(wrapped, *fit_rows, num_classes, likelihood, options, seed)
     if named is None:
         example = jax.ShapeDtypeStruct((1, *fit_rows[0].shape[1:]), fit_rows[0].dtype)
         statistics = weights.training_statistics if isinstance(weights, DeterministicNN) else getattr(
@@ -203,7 +207,7 @@ def compare_partitions(
         allowed = None if left is None else left / (len(named) - place)
         model = PartialBNN(
             network, num_classes, bayesian=selector, deterministic_weights=weights, noise_prior=noise_prior,
-            prior_mean=prior_mean,
+            prior_mean=prior_mean, noise=noise,
         )  # fmt: skip
         rows.append(_row(name, model, fit_rows, held_out, sampling, priors_sigma, seed, allowed))
     seconds = time.perf_counter() - started
@@ -372,14 +376,19 @@ def _named(candidates: Mapping[str, Selector] | Iterable[Selector]) -> dict[str,
     return named
 
 
-def _backbone(network: Network, X: np.ndarray, y: np.ndarray, num_classes: int | None, options: Any, seed: int) -> Any:
+def _backbone(
+    network: Network, X: np.ndarray, y: np.ndarray, num_classes: int | None, likelihood: Likelihood, options: Any,
+    seed: int,
+) -> Any:  # fmt: skip
     """The trained weights all candidates share, with their units and training statistics."""
-    prepared = prepare(network, X, y, num_classes=num_classes, standardize=True)
+    prepared = prepare(
+        network, X, y, num_classes=num_classes, standardize=True, outputs_per_target=likelihood.outputs_per_target
+    )
     rows = prepared.rows
     regression = num_classes is None
     noise_std = priors.target_scale(np.asarray(rows.y), np.asarray(rows.real)) if regression else np.ones(1, np.float32)
     trained = pretrain(
-        network, Gaussian() if regression else Categorical(), _checks.as_key(None, seed), rows, noise_std,
+        network, likelihood, _checks.as_key(None, seed), rows, noise_std,
         dataclasses.replace(options, track_statistics=True), seed=seed,
     )  # fmt: skip
     return TrainedParams.of(trained.params, prepared.scaling, trained.statistics)

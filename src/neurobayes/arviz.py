@@ -37,8 +37,9 @@ def to_arviz(model: PartialBNN, X: Any = None, y: Any = None, *, seed: int | Non
 
     Returns
     -------
-    Groups ``posterior`` (weights by leaf, ``Dense1.kernel``, and ``noise_std``) and ``sample_stats``; with X also
-    ``posterior_predictive``; with y too ``log_likelihood`` (nats per row, chain and draw) and ``observed_data``.
+    Groups ``posterior`` (weights by leaf, ``Dense1.kernel``, and ``noise_std`` unless the network gives it) and
+    ``sample_stats``; with X also ``posterior_predictive``; with y too ``log_likelihood`` (nats per row, chain and draw)
+    and ``observed_data``.
 
     Raises
     ------
@@ -93,7 +94,7 @@ def _by_row(model: PartialBNN, X: Any, y: Any, seed: int | None) -> dict[str, di
     single = fitted.target_ndim == 1
     if model.is_regression:
         mean = fitted.scaling.mean_to_user(outputs)
-        noise_std = (noise * fitted.scaling.y_std)[:, None, :]
+        noise_std = noise * fitted.scaling.y_std
         new = mean + noise_std * generator.standard_normal(mean.shape)
         new = new[..., 0] if single else new
         observed = None if y is None else _checks.as_targets(y, len(x), training=False, num_outputs=mean.shape[-1])
@@ -113,13 +114,14 @@ def _by_row(model: PartialBNN, X: Any, y: Any, seed: int | None) -> dict[str, di
 
 
 def _all_draws(fitted: Fitted, x: np.ndarray, num_draws: int) -> tuple[np.ndarray, np.ndarray]:
-    """Outputs and noise of ``num_draws`` draws of every chain of every backbone, as their posteriors give them."""
+    """Means (or logits) and noise of ``num_draws`` draws of every chain of every backbone, as their posteriors give."""
     outputs, noise = [], []
     for member in fitted.members:
         source = member.source
         kept = np.arange(len(source.theta)).reshape(member.posterior.num_chains, -1)[:, :num_draws].ravel()
-        outputs.append(predictive.function_draws(source, x, source.theta[kept]).astype(float))
-        noise.append(source.noise_std[kept])
+        means, noise_std = predictive.observation_draws(source, x, source.theta[kept], source.noise_std[kept])
+        outputs.append(means.astype(float))
+        noise.append(noise_std.astype(float))
     return np.concatenate(outputs), np.concatenate(noise)
 
 

@@ -24,7 +24,7 @@ from . import out_of_fold, regularisation, training, weight_statistics
 from ._threads import side_by_side
 from ._typing import Array, Key, Params, State
 from .errors import TrainingError
-from .likelihoods import Categorical, Likelihood
+from .likelihoods import Categorical, Gaussian, HeteroskedasticGaussian, Likelihood, split_outputs
 from .networks.base import Network
 from .pretraining import Pretrained, PretrainingOptions, finite, plan_training, precision
 from .regularisation import Regularisation
@@ -74,7 +74,7 @@ class Backbones:
     parts : (members,) number of the part a member belongs to; a part shares prior scale and length, the best is 0.
     num_parts : one row in how many each member left out.
     search : the loss by prior scale and look: the squared error the ensemble is expected to make on new rows, in
-        units of the assumed noise, or its log loss for classes.
+        units of the assumed noise, or its log loss for classes and where the network gives the noise.
     epochs : (looks,) epochs after which left-out rows were looked at.
     unseen_rmse : (parts, outputs) expected error of a part on new rows, working units; None for classes.
     """
@@ -255,9 +255,9 @@ class _Shared:
 
     def gap(self, look: _Look, best: _Look) -> float:
         """How much worse left-out rows are predicted, in nats per row."""
-        if type(self.program.likelihood) is Categorical:
-            return look.loss - best.loss
-        return 0.5 * float(np.log(look.loss / best.loss)) if np.isfinite(look.loss) else np.inf
+        if type(self.program.likelihood) is Gaussian:
+            return 0.5 * float(np.log(look.loss / best.loss)) if np.isfinite(look.loss) else np.inf
+        return look.loss - best.loss
 
     def look(self, run: "_Run", epoch: int) -> _Look:
         """How well the members of ``run`` together predict the rows that each left out."""
@@ -273,6 +273,10 @@ class _Shared:
         if type(self.program.likelihood) is Categorical:
             probabilities = out_of_fold.ensemble_probabilities(scipy.special.softmax(outputs, axis=-1), unseen)
             loss, rmse = out_of_fold.log_loss(probabilities, y), None
+        elif isinstance(self.program.likelihood, HeteroskedasticGaussian):
+            (mean, log_std), y = split_outputs(outputs), y.astype(float)
+            loss = out_of_fold.ensemble_log_loss(mean, np.exp(2.0 * log_std), unseen, y, self.num_backbones)
+            rmse = np.sqrt(out_of_fold.ensemble_error(mean, unseen, y, self.num_backbones))
         else:
             errors = out_of_fold.ensemble_error(outputs, unseen, y.astype(float), self.num_backbones)
             loss, rmse = float(np.mean(errors / self.noise_std.astype(float) ** 2)), np.sqrt(errors)

@@ -9,20 +9,42 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ._typing import Array, Key
 from .errors import OptionError
 
 LOG_2PI = math.log(2.0 * math.pi)
 
+LOG_STD_BOUNDS = (-15.0, 15.0)
+"""Range of the logarithm of a noise standard deviation that a network gives, in the targets' working units. Beyond it
+the bound holds, so that neither a variance nor its inverse leaves the range of float32; for standardised targets both
+ends are far from any noise there is."""
+
+
+def split_outputs(outputs: Any) -> tuple[Any, Any]:
+    """``(means, log noise std)``, each ``(..., d)``, of a network whose ``2 d`` outputs hold both, in this order.
+
+    The only place that says so; training, sampling and prediction all come here. For arrays of NumPy and of JAX.
+    """
+    num_targets = outputs.shape[-1] // 2
+    return outputs[..., :num_targets], outputs[..., num_targets:].clip(*LOG_STD_BOUNDS)
+
 
 class Likelihood(abc.ABC):
     """The distribution of one row's target given the network's output for that row."""
 
     is_regression: bool = True
+    outputs_per_target: ClassVar[int] = 1
+    """Outputs a network has for each number that is predicted."""
+
+    def means(self, outputs: Any) -> Any:
+        """The predicted targets among the network's outputs, ``(..., d)``."""
+        return outputs
 
     @abc.abstractmethod
     def log_prob(self, outputs: Array, y: Array, noise_std: Array) -> Array:
@@ -50,6 +72,46 @@ class Gaussian(Likelihood):
 
     def num_noise(self, num_outputs: int) -> int:
         return num_outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class HeteroskedasticGaussian(Likelihood):
+    """Independent Gaussian noise whose size the network gives for each row.
+
+    Of ``2 d`` outputs the first ``d`` are the means of the targets, and the last ``d`` the *logarithms* of their noise
+    *standard deviations*, all in the targets' working units. No noise is left unknown besides the network's weights.
+    """
+
+    outputs_per_target = 2
+
+    def means(self, outputs: Any) -> Any:
+        return split_outputs(outputs)[0]
+
+    def log_prob(self, outputs: Array, y: Array, noise_std: Array) -> Array:
+        mean, log_std = split_outputs(outputs)
+        scaled = (y - mean) * jnp.exp(-log_std)
+        return -jnp.sum(0.5 * scaled**2 + log_std + 0.5 * LOG_2PI, axis=-1)
+
+    def sample(self, key: Key, outputs: Array, noise_std: Array) -> Array:
+        mean, log_std = split_outputs(outputs)
+        return mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape, mean.dtype)
+
+    def num_noise(self, num_outputs: int) -> int:
+        return 0
+
+    def fisher_root(self, outputs: Array) -> Array:
+        """Square root of the Fisher information about each output, which is diagonal, shaped like ``outputs``.
+
+        It is ``1 / s**2`` for a mean and 2 for the logarithm of ``s``; 0 where a bound holds instead of the latter.
+        """
+        _, log_std = split_outputs(outputs)
+        inside = (log_std > LOG_STD_BOUNDS[0]) & (log_std < LOG_STD_BOUNDS[1])
+        return jnp.concatenate([jnp.exp(-log_std), jnp.where(inside, math.sqrt(2.0), 0.0)], axis=-1)
+
+
+def mean_noise_var(mean: np.ndarray, var: np.ndarray) -> np.ndarray:
+    """Mean noise variance where the logarithm of the noise std is normal with this mean and variance."""
+    return np.exp(2.0 * np.clip(mean + var, *LOG_STD_BOUNDS))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Mixture(NamedTuple):
     @property
     def num_outputs(self) -> int:
         """Numbers that are predicted for a row."""
-        return self.sources[0].noise_std.shape[1]
+        return self.sources[0].noise_outputs or self.sources[0].noise_std.shape[1]
 
     @property
     def member_weights(self) -> np.ndarray:
@@ -48,13 +48,17 @@ class Mixture(NamedTuple):
         counts = [len(source.theta) for source in self.sources]
         return np.repeat(self.member_weights / counts, counts)
 
-    def noise_vars(self, x: np.ndarray, means: np.ndarray) -> np.ndarray:
-        """Noise variance of each part, ``(parts, n or 1, outputs)``; ``means`` are the parts' predictions."""
-        if self.calibration is not None and self.calibration.noise_var is not None:
-            constant, variation = self.calibration.noise_var[:, None], self.calibration.noise_variation
-            return constant if variation is None else constant * variation.factor(x, means)
-        each = np.stack([source.noise_var for source in self.sources])
-        return np.stack([each[self.parts == part].mean(axis=0) for part in range(len(self.weights))])[:, None]
+    def noise_vars(self, x: np.ndarray, means: np.ndarray, own: np.ndarray) -> np.ndarray:
+        """Noise variance of each part, ``(parts, n or 1, outputs)``.
+
+        ``means`` are the parts' predictions, ``own`` the noise variance that their posteriors have.
+        """
+        if self.calibration is None or self.calibration.noise_var is None:
+            return own
+        if self.calibration.noise_head is not None:
+            return self.calibration.noise_head(own)
+        constant, variation = self.calibration.noise_var[:, None], self.calibration.noise_variation
+        return constant if variation is None else constant * variation.factor(x, means)
 
     def factors(self) -> np.ndarray:
         """Factor on the epistemic variance of each part, ``(parts, 1 or outputs)``."""
@@ -63,29 +67,33 @@ class Mixture(NamedTuple):
         return np.ones((len(self.weights), 1))
 
 
-def member_moments(mixture: Mixture, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of each backbone's outputs over its draws, ``(members, n, outputs)``."""
-    moments = [predictive.regression_moments(source, x) for source in mixture.sources]
-    mean, variance = (np.stack(parts).astype(float) for parts in zip(*moments, strict=True))
-    return mean, variance
+def member_moments(mixture: Mixture, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean and variance of each backbone's predictions over its draws, ``(members, n, outputs)``, and mean noise var.
+
+    The last is ``(members, 1, outputs)`` where the noise is the same for all rows.
+    """
+    moments = [predictive.noisy_moments(source, x) for source in mixture.sources]
+    mean, variance, noise_var = (np.stack(parts).astype(float) for parts in zip(*moments, strict=True))
+    return mean, variance, noise_var
 
 
 def regression_moments(mixture: Mixture, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean, epistemic variance (within and between backbones) and noise variance, ``(n, outputs)``, working units."""
-    means, variances = part_moments(mixture, x)
+    means, variances, own = part_moments(mixture, x)
     mean = np.tensordot(mixture.weights, means, 1)
     epistemic = mixture.factors()[:, None, :] * variances + (means - mean) ** 2
-    noise_var = np.tensordot(mixture.weights, mixture.noise_vars(x, means), 1)
+    noise_var = np.tensordot(mixture.weights, mixture.noise_vars(x, means, own), 1)
     return mean, np.tensordot(mixture.weights, epistemic, 1), np.broadcast_to(noise_var, mean.shape)
 
 
-def part_moments(mixture: Mixture, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and epistemic variance of each part before calibration, ``(parts, n, outputs)``."""
-    means, variances = member_moments(mixture, x)
+def part_moments(mixture: Mixture, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, epistemic and noise variance of each part before calibration, as ``member_moments`` has them."""
+    means, variances, noise_vars = member_moments(mixture, x)
     groups = [mixture.parts == part for part in range(len(mixture.weights))]
     return (
         np.stack([means[group].mean(axis=0) for group in groups]),
         np.stack([variances[group].mean(axis=0) + means[group].var(axis=0) for group in groups]),
+        np.stack([noise_vars[group].mean(axis=0) for group in groups]),
     )
 
 
@@ -122,19 +130,22 @@ def function_draws(
     member = np.searchsorted(np.cumsum(counts), picked, side="right")
     within = picked - (np.cumsum(counts) - counts)[member]
     outputs: Any = None
-    noise_std = np.empty((len(picked), mixture.num_outputs))
+    noise_std: Any = None
     for k in np.unique(member):
         source, here = mixture.sources[k], member == k
-        values = predictive.function_draws(source, x, source.theta[within[here]])
+        values, std = predictive.observation_draws(
+            source, x, source.theta[within[here]], source.noise_std[within[here]]
+        )
         outputs = np.empty((len(picked), *values.shape[1:])) if outputs is None else outputs
-        outputs[here], noise_std[here] = values, source.noise_std[within[here]]
+        noise_std = np.empty((len(picked), *std.shape[1:])) if noise_std is None else noise_std
+        outputs[here], noise_std[here] = values, std
     if mixture.calibration is None or mixture.calibration.epistemic_factor is None:
-        return outputs, noise_std[:, None, :] if noise else None
-    means, part = part_moments(mixture, x)[0], mixture.parts[member]
+        return outputs, noise_std if noise else None
+    (means, _, own), part = part_moments(mixture, x), mixture.parts[member]
     stretch = np.sqrt(mixture.factors())[part][:, None, :]
     for k in np.unique(part):
         outputs[part == k] = means[k] + stretch[part == k] * (outputs[part == k] - means[k])
-    return outputs, np.sqrt(mixture.noise_vars(x, means))[part] if noise else None
+    return outputs, np.sqrt(mixture.noise_vars(x, means, own))[part] if noise else None
 
 
 def num_draws(mixture: Mixture) -> int:
@@ -144,8 +155,8 @@ def num_draws(mixture: Mixture) -> int:
 
 def _row_blocks(mixture: Mixture, x: np.ndarray):
     """Blocks of rows for which the outputs of all draws fit into memory."""
-    source = mixture.sources[0]
-    rows = max(8, VALUES_PER_BLOCK // max(1, num_draws(mixture) * max(1, source.noise_std.shape[1])))
+    width = mixture.num_outputs * (3 if mixture.sources[0].noise_outputs else 1)  # both heads, and the noise again
+    rows = max(8, VALUES_PER_BLOCK // max(1, num_draws(mixture) * max(1, width)))
     return [slice(first, first + rows) for first in range(0, len(x), rows)]
 
 

@@ -89,30 +89,54 @@ class NoiseVariation:
         return np.exp(logs)
 
 
+@dataclasses.dataclass(frozen=True)
+class HeadNoise:
+    """Noise that the network gives for each row, scaled by the factor that left-out rows ask for.
+
+    What the network gives is held within its range on the training rows: beyond them it follows no data, and it is the
+    logarithm that the network extrapolates.
+
+    Attributes
+    ----------
+    factor : (parts, outputs) on the members' mean noise variance.
+    lower, upper : (parts, outputs) range of that mean on the training rows, squared working units.
+    """
+
+    factor: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+
+    def __call__(self, noise_var: np.ndarray) -> np.ndarray:
+        """Calibrated noise variance, ``(parts, n, outputs)``, for that of the network."""
+        bounds = self.lower[:, None], self.upper[:, None]
+        return self.factor[:, None] * np.clip(noise_var, *bounds)
+
+
 def table(x: np.ndarray) -> np.ndarray:
     """The columns ``(n, columns)`` that the noise may depend on: those of a table that is not too wide, else none."""
     usable = x.ndim == 2 and np.issubdtype(x.dtype, np.floating) and x.shape[1] <= MOST_COLUMNS
     return x if usable else np.zeros((len(x), 0))
 
 
-def fit_variance(epistemic: np.ndarray, squared: np.ndarray) -> tuple[float, float]:
-    """``(a, b)`` of the variance ``a * epistemic + b`` for which errors, taken as normal, are most likely.
+def fit_variance(epistemic: np.ndarray, squared: np.ndarray, shape: np.ndarray | float = 1.0) -> tuple[float, float]:
+    """``(a, b)`` of the variance ``a * epistemic + b * shape`` for which errors, taken as normal, are most likely.
 
     Parameters
     ----------
     epistemic, squared : (n,) variance between draws and backbones, and squared errors.
+    shape : (n,) noise of each row beside that of others, where it is known; about one.
     """
     mse = max(float(squared.mean()), 1e-30)
     epistemic, squared = epistemic / mse, squared / mse
 
     def negative(logs: np.ndarray) -> tuple[float, np.ndarray]:
         a, b = np.exp(logs)
-        total = a * epistemic + b
+        total = a * epistemic + b * shape
         slope = 0.5 * (1.0 / total - squared / total**2)
         prior = 0.5 * (logs[0] / FACTOR_SPREAD) ** 2 / len(squared)
         value = 0.5 * np.mean(np.log(total) + squared / total) + prior
         pull = logs[0] / FACTOR_SPREAD**2 / len(squared)
-        return value, np.array([a * np.mean(slope * epistemic) + pull, b * np.mean(slope)])
+        return value, np.array([a * np.mean(slope * epistemic) + pull, b * np.mean(slope * shape)])
 
     bounds = [(-8.0, 8.0), NOISE_BOUNDS]
     starts = [np.log([1.0, share]) for share in (1.0, 0.3, 0.03)]  # the likelihood may have two modes
@@ -128,8 +152,9 @@ def fit_noise(
     dof: float,
     start: float,
     precision: float = FIRST_PRECISION,
+    shape: np.ndarray | float = 1.0,
 ) -> tuple[float, np.ndarray]:
-    """``(b, coefficients)`` of the most likely noise variance ``b * exp(features @ coefficients)``.
+    """``(b, coefficients)`` of the most likely noise variance ``b * shape * exp(features @ coefficients)``.
 
     Parameters
     ----------
@@ -139,6 +164,7 @@ def fit_noise(
     dof : degrees of freedom of the Student's t that the errors follow, above 2; the variance is that of the t.
     start : noise variance to start from.
     precision : prior precision of the coefficients.
+    shape : (n,) as for ``fit_variance``.
     """
     mse = max(float(squared.mean()), 1e-30)
     epistemic, squared = epistemic / mse, squared / mse
@@ -146,7 +172,7 @@ def fit_noise(
 
     def negative(values: np.ndarray) -> tuple[float, np.ndarray]:
         coefficients = values[1:]
-        noise = np.exp(values[0] + features @ coefficients)
+        noise = shape * np.exp(values[0] + features @ coefficients)
         total = epistemic + noise
         ratio = squared / (total * (dof - 2.0))
         slope = (0.5 - 0.5 * (dof + 1.0) * ratio / (1.0 + ratio)) / total * noise

@@ -14,7 +14,16 @@ import scipy.optimize
 import scipy.special
 import scipy.stats
 
-from .noise_model import FIRST_PRECISION, NoiseVariation, Standard, evidence_precision, fit_noise, fit_variance, table
+from .noise_model import (
+    FIRST_PRECISION,
+    HeadNoise,
+    NoiseVariation,
+    Standard,
+    evidence_precision,
+    fit_noise,
+    fit_variance,
+    table,
+)
 
 FULL_CORRECTION_ROWS = 100
 """Rows at which half of the correction for an ensemble's size is made. It is unbiased, and with few rows so uncertain
@@ -54,14 +63,15 @@ class OutOfFold:
     weights : (parts,) share of each part in the mixture; they sum to one.
     epistemic_factor : (parts, outputs) ``a`` in ``variance = a * epistemic + b``; None for classes.
     noise_var : (parts, outputs) ``b``, in squared working units; None for classes. Where the noise varies this is
-        its value for a row with all features at their mean.
+        its value for a row with all features at their mean, or with the geometric mean of the network's noise.
     temperature : class probabilities are raised to one over it and renormalised; None for regression.
     rmse : (outputs,) error expected of the first part on new rows, working units; None for classes.
     log_score : mean log density (log probability) of the left-out rows after calibration, nats per row.
     coverage : (outputs,) share of left-out rows inside their 95 % interval; None for classes.
     tail : (outputs, 2) degrees of freedom and scale of the Student's t that errors over predicted standard deviations
         follow; None for classes.
-    noise_variation : how the noise depends on the input; None for constant noise and for classes.
+    noise_variation : how the noise depends on the input; None for constant noise, noise of the network, and classes.
+    noise_head : how the noise follows that of the network; None where the network gives none.
     """
 
     weights: np.ndarray
@@ -73,6 +83,7 @@ class OutOfFold:
     coverage: np.ndarray | None
     tail: np.ndarray | None = None
     noise_variation: NoiseVariation | None = None
+    noise_head: HeadNoise | None = None
 
 
 def left_out_mean(values: np.ndarray, unseen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -118,6 +129,19 @@ def ensemble_error(values: np.ndarray, unseen: np.ndarray, y: np.ndarray, num_me
     return np.maximum(squared.mean(axis=0), LEAST_ERROR * np.mean((mean - y) ** 2, axis=0))
 
 
+def ensemble_log_loss(
+    mean: np.ndarray, noise_var: np.ndarray, unseen: np.ndarray, y: np.ndarray, num_members: int
+) -> float:
+    """Mean negative log density, nats per row, expected of ``num_members`` such members on new rows.
+
+    That of a Gaussian with the members' mean and, as variance, their mean noise variance ``(members, n, d)`` and the
+    variance between them.
+    """
+    squared, _, between = expected_squared_error(mean, unseen, y, num_members)
+    total = left_out_mean(noise_var, unseen)[0] + between * (1.0 - 1.0 / num_members)
+    return -float(_log_score(squared, total).mean())
+
+
 def ensemble_probabilities(probabilities: np.ndarray, unseen: np.ndarray) -> np.ndarray:
     """Class probabilities ``(n, classes)`` of each row by the members to which it is new."""
     return left_out_mean(np.asarray(probabilities, float), unseen)[0]
@@ -136,6 +160,7 @@ def calibrate_variance(
     parts: np.ndarray,
     y: np.ndarray,
     x: np.ndarray | None = None,
+    noise: np.ndarray | None = None,
 ) -> OutOfFold:
     """The factors and noise with which the intervals of left-out rows are most likely, and the weights of the parts.
 
@@ -146,12 +171,17 @@ def calibrate_variance(
     parts : (members,) number of each member's part.
     y : (n, outputs) targets, working units.
     x : (n, …) inputs, for noise that may vary with them; None for constant noise.
+    noise : (members, n, outputs) noise variance of every row, where the members give it; ``x`` is then None.
     """
     columns = None if x is None else Standard.of(table(x))
     values = None if columns is None or x is None else columns(table(x))
     found = [
-        _calibrate_part(mean[parts == p], variance[parts == p], unseen[parts == p], y, values) for p in np.unique(parts)
-    ]
+        _calibrate_part(
+            mean[parts == p], variance[parts == p], unseen[parts == p], y, values,
+            None if noise is None else noise[parts == p],
+        )
+        for p in np.unique(parts)
+    ]  # fmt: skip
     scores = np.array([part.log_score for part in found])
     weights = scipy.special.softmax(STACKING * len(y) * scores)
     centres, totals = np.stack([part.centre for part in found]), np.stack([part.total for part in found])
@@ -163,7 +193,7 @@ def calibrate_variance(
     return OutOfFold(
         weights, np.stack([part.factor for part in found]), np.stack([part.noise_var for part in found]), None,
         np.sqrt(found[0].mse), float(score), np.mean(squared < 1.959964**2 * total, axis=0), tail,
-        None if columns is None else _variation(found, columns),
+        None if columns is None else _variation(found, columns), None if noise is None else _head(found),
     )  # fmt: skip
 
 
@@ -178,27 +208,52 @@ class _Part(NamedTuple):
     total: np.ndarray
     mse: np.ndarray
     log_score: float
+    own_noise: np.ndarray | None
 
 
 def _calibrate_part(
-    mean: np.ndarray, variance: np.ndarray, unseen: np.ndarray, y: np.ndarray, columns: np.ndarray | None
+    mean: np.ndarray,
+    variance: np.ndarray,
+    unseen: np.ndarray,
+    y: np.ndarray,
+    columns: np.ndarray | None,
+    noise: np.ndarray | None,
 ) -> _Part:
-    """One part; ``columns`` (n, k) are what its noise depends on besides its prediction, None for constant noise."""
+    """One part; ``columns`` (n, k) are what its noise depends on besides its prediction, None for constant noise.
+
+    With ``noise`` (members, n, outputs) its noise is what its members say, but for a factor.
+    """
     num_members, num_rows = len(mean), len(y)
     squared, centre, between = expected_squared_error(mean, unseen, y, num_members)
     within, _ = left_out_mean(variance, unseen)
     epistemic = within + between * (1.0 - 1.0 / num_members)  # what the variance over all members' draws will be
-    prediction = Standard.of(centre)
+    prediction, shapes = Standard.of(centre), np.ones_like(centre)
+    own_noise = None if noise is None else left_out_mean(noise, unseen)[0]
+    if own_noise is not None:
+        shapes = own_noise / _typical(own_noise)
     standard, fits, changes = prediction(centre), [], []
     for i in range(y.shape[1]):
         features = np.zeros((num_rows, 0)) if columns is None else np.column_stack([columns, standard[:, i]])
-        fits.append(_fit_output(epistemic[:, i], squared[:, i], (centre - y)[:, i], features))
-        changes.append(np.exp(features @ fits[i][2]))
+        fits.append(_fit_output(epistemic[:, i], squared[:, i], (centre - y)[:, i], features, shapes[:, i]))
+        changes.append(shapes[:, i] * np.exp(features @ fits[i][2]))
     factor, noise_var, coefficients = (np.array(found) for found in zip(*fits, strict=True))
     total = factor * epistemic + noise_var * np.stack(changes, axis=1)
     mse = ensemble_error(mean, unseen, y, num_members)
     score = float(_log_score(squared, total).mean())
-    return _Part(factor, noise_var, prediction, coefficients, centre, total, mse, score)
+    return _Part(factor, noise_var, prediction, coefficients, centre, total, mse, score, own_noise)
+
+
+def _typical(noise: np.ndarray) -> np.ndarray:
+    """Geometric mean over rows: one row with much noise does not decide it."""
+    return np.exp(np.log(noise).mean(axis=0))
+
+
+def _head(parts: list[_Part]) -> HeadNoise:
+    known = [(part.noise_var, part.own_noise) for part in parts if part.own_noise is not None]
+    return HeadNoise(
+        np.stack([noise_var / _typical(own) for noise_var, own in known]),
+        np.stack([own.min(axis=0) for _, own in known]), np.stack([own.max(axis=0) for _, own in known]),
+    )  # fmt: skip
 
 
 def _variation(parts: list[_Part], columns: Standard) -> NoiseVariation:
@@ -208,22 +263,25 @@ def _variation(parts: list[_Part], columns: Standard) -> NoiseVariation:
 
 
 def _fit_output(
-    epistemic: np.ndarray, squared: np.ndarray, error: np.ndarray, features: np.ndarray
+    epistemic: np.ndarray, squared: np.ndarray, error: np.ndarray, features: np.ndarray, shape: np.ndarray
 ) -> tuple[float, float, np.ndarray]:
-    """``(a, b, coefficients)`` of one output: the factor for errors that are normal, the noise with tails they show."""
+    """``(a, b, coefficients)`` of one output: the factor for errors that are normal, the noise with tails they show.
+
+    ``shape`` (n,) is the noise of each row beside that of others, as far as it is known beforehand.
+    """
     if squared.mean() < LEAST_ERROR * np.mean(error**2):  # as ``ensemble_error`` has it
         squared = LEAST_ERROR * error**2
-    factor, noise_var = fit_variance(epistemic, squared)
+    factor, noise_var = fit_variance(epistemic, squared, shape)
     chosen = slice(None, None, -(-len(error) // MOST_ROWS))
-    features, error, inside = features[chosen], error[chosen], factor * epistemic[chosen]
+    features, shape, error, inside = features[chosen], shape[chosen], error[chosen], factor * epistemic[chosen]
     each = np.maximum(squared[chosen], LEAST_ERROR * error**2)  # a single corrected square may be negative
     coefficients, precision, dof = np.zeros(features.shape[1]), FIRST_PRECISION, GAUSSIAN_DOF
     for number in range(ROUNDS):
-        noise = noise_var * np.exp(features @ coefficients)
+        noise = noise_var * shape * np.exp(features @ coefficients)
         if number and len(coefficients):
             precision = evidence_precision(coefficients, features, noise / (inside + noise), dof, precision)
         dof = max(_fit_tail(error / np.sqrt(inside + noise))[0], LEAST_FIT_DOF)
-        noise_var, coefficients = fit_noise(inside, each, features, dof, noise_var, precision)
+        noise_var, coefficients = fit_noise(inside, each, features, dof, noise_var, precision, shape)
     return factor, noise_var, coefficients
 
 

@@ -19,6 +19,7 @@ from . import data, trees
 from ._threads import side_by_side
 from ._typing import Array, Params, State
 from .hoisting import Hoisted, hoist_network
+from .likelihoods import mean_noise_var, split_outputs
 from .networks.base import Network
 from .partition import Partition
 from .posterior import Analytic
@@ -106,7 +107,11 @@ def as_pair(prediction: RegressionPrediction | ClassPrediction) -> tuple[np.ndar
 
 
 class Source(NamedTuple):
-    """What predictions are made from: a network, its frozen weights, and draws of the random ones."""
+    """What predictions are made from: a network, its frozen weights, and draws of the random ones.
+
+    ``noise_outputs`` is the number of targets whose noise the network gives, by twice as many outputs; 0 where the
+    noise std has draws of its own, ``noise_std``, or there is none.
+    """
 
     network: Network
     partition: RandomPart
@@ -115,6 +120,7 @@ class Source(NamedTuple):
     theta: np.ndarray
     noise_std: np.ndarray
     analytic: Analytic | None = None
+    noise_outputs: int = 0
 
     @property
     def noise_var(self) -> np.ndarray:
@@ -132,6 +138,12 @@ def deterministic_outputs(network: Network, params: Params, state: State, x: np.
     return np.concatenate(blocks)
 
 
+def deterministic_means(source: Source, x: np.ndarray) -> np.ndarray:
+    """What the network predicts at its trained weights, ``(n, outputs)``: outputs that are noise are left out."""
+    outputs = deterministic_outputs(source.network, source.params, source.state, x)
+    return split_outputs(outputs)[0] if source.noise_outputs else outputs
+
+
 _apply = functools.partial(jax.jit, static_argnums=0)(lambda network, params, state, x: network.apply(params, state, x))
 
 
@@ -140,10 +152,22 @@ def regression_moments(source: Source, x: np.ndarray) -> tuple[np.ndarray, np.nd
 
     In closed form where the engine knows it, else over the draws.
     """
+    return noisy_moments(source, x)[:2]
+
+
+def noisy_moments(source: Source, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As ``regression_moments``, and the mean noise variance over draws, ``(n or 1, outputs)``."""
+    size = source.noise_outputs
     if source.analytic is not None:
-        return _analytic_moments(source, source.analytic, x)
-    mean, squares = _reduce(source, x, _identity)
-    return mean, np.maximum(squares, 0.0) / len(source.theta)
+        mean, variance = _analytic_moments(source, source.analytic, x)
+        if size:
+            return mean[:, :size], variance[:, :size], mean_noise_var(mean[:, size:], variance[:, size:])
+        return mean, variance, source.noise_var[None]
+    mean, squares = _reduce(source, x, _means_and_noise_vars if size else _identity)
+    variance = np.maximum(squares, 0.0) / len(source.theta)
+    if size:
+        return mean[:, :size], variance[:, :size], mean[:, size:]
+    return mean, variance, source.noise_var[None]
 
 
 def _analytic_moments(source: Source, analytic: Analytic, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -171,6 +195,20 @@ def function_draws(source: Source, x: np.ndarray, theta: np.ndarray) -> np.ndarr
         ]
         parts.append(np.concatenate(outs))
     return np.concatenate(parts, axis=1)
+
+
+def observation_draws(
+    source: Source, x: np.ndarray, theta: np.ndarray, noise_std: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Means ``(draws, n, d)`` and noise std ``(draws, n or 1, d)`` of given draws.
+
+    The latter is ``noise_std`` ``(draws, d)`` but where the network gives it.
+    """
+    values = function_draws(source, x, theta)
+    if not source.noise_outputs:
+        return values, noise_std[:, None, :]
+    means, log_std = split_outputs(values)
+    return means, np.exp(log_std)
 
 
 def solve_quantiles(
@@ -228,6 +266,11 @@ def _solve_quantiles(means: Array, noise_std: Array, weights: Array, levels: Arr
 
 def _identity(outputs: Array) -> Array:
     return outputs
+
+
+def _means_and_noise_vars(outputs: Array) -> Array:
+    means, log_std = split_outputs(outputs)
+    return jnp.concatenate([means, jnp.exp(2.0 * log_std)], axis=-1)
 
 
 def _probabilities_and_entropy(outputs: Array) -> Array:

@@ -192,6 +192,11 @@ def _apply(eqn: Any, operands: list[_Value], axis: int) -> Any:
         return jax.lax.squeeze(first.array, [first.place(a) for a in eqn.params["dimensions"]])
     if name == "reshape" and first.axis == axis == 0 and eqn.params["dimensions"] is None:
         return first.array.reshape(*eqn.params["new_sizes"][1:], first.array.shape[-1])
+    if name == "slice" and first.axis == axis:
+        fields = ("start_indices", "limit_indices", "strides")
+        bounds = [eqn.params[field] or (1,) * first.array.ndim for field in fields]
+        places = sorted(range(first.array.ndim), key=first.place)
+        return jax.lax.slice(first.array, *([bound[a] for a in places] for bound in bounds))
     if name == "concatenate" and all(operand.axis == axis != eqn.params["dimension"] for operand in operands):
         return jax.lax.concatenate([operand.array for operand in operands], first.place(eqn.params["dimension"]))
     raise _Unknown

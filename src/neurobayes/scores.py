@@ -15,7 +15,7 @@ import numpy as np
 
 from . import data, trees
 from ._typing import Array, Params, State
-from .likelihoods import Categorical, Gaussian, Likelihood
+from .likelihoods import Categorical, Gaussian, HeteroskedasticGaussian, Likelihood
 from .networks.base import Network
 from .training import Rows
 
@@ -80,7 +80,7 @@ def laplace_variance(
 def curvature_factor(likelihood: Likelihood, outputs: Array, y: Array, noise_std: Array) -> Array:
     """Columns ``l_k`` with ``sum_k l_k l_k' = H``, the curvature of one row's likelihood in its outputs; ``(d, d)``.
 
-    Likelihoods other than the library's two are differentiated twice, and directions
+    That of the Fisher information for the library's own likelihoods. Others are differentiated twice, and directions
     of negative curvature are left out.
     """
     if type(likelihood) is Gaussian:
@@ -88,6 +88,8 @@ def curvature_factor(likelihood: Likelihood, outputs: Array, y: Array, noise_std
     if type(likelihood) is Categorical:
         p = jax.nn.softmax(outputs)
         return (jnp.eye(len(p)) - p[:, None]) * jnp.sqrt(p)
+    if isinstance(likelihood, HeteroskedasticGaussian):
+        return jnp.diag(likelihood.fisher_root(outputs))
     hessian = jax.hessian(lambda f: -likelihood.log_prob(f[None], y[None], noise_std)[0])(outputs)
     values, vectors = jnp.linalg.eigh(hessian)
     return vectors * jnp.sqrt(jnp.maximum(values, 0.0))

@@ -182,3 +182,58 @@ class TestLeftOutRows:
         arguments, x, _ = self.case(False)
         found = out_of_fold.calibrate_variance(*arguments, x)
         assert np.abs(found.noise_variation.coefficients).max() < 0.15
+
+
+class TestNoiseOfTheNetwork:
+    """Members give the noise of each row, too large by some factor."""
+
+    def case(self, factor, num_rows=800, spread=0.7):
+        rng = np.random.default_rng(0)
+        own = np.exp(2 * spread * rng.normal(size=(num_rows, 2)))
+        y = np.sqrt(own * factor) * rng.normal(size=own.shape)
+        mean = np.zeros((4, num_rows, 2))
+        unseen = np.arange(num_rows) % 4 == np.arange(4)[:, None]
+        noise = np.where(unseen[:, :, None], own, 1e9)  # what members say of rows they saw must not matter
+        return (mean, mean + 1e-4, unseen, np.zeros(4, int), y, None, noise), own
+
+    def test_the_factor_is_found_whatever_the_range_of_the_noise(self):
+        factor = np.array([0.5, 2.0])
+        for spread in (0.1, 2.0):  # at the end standard deviations differ by a factor of ten thousand
+            arguments, own = self.case(factor, spread=spread)
+            found = out_of_fold.calibrate_variance(*arguments)
+            # Twice the information of a row about the logarithm of its variance is one: four standard errors.
+            np.testing.assert_allclose(found.noise_head.factor, [factor], rtol=4 * np.sqrt(2 / len(own)))
+            np.testing.assert_allclose(found.coverage, 0.95, atol=4 * np.sqrt(0.05 * 0.95 / len(own)))
+            typical = found.noise_head.factor * np.exp(np.log(own).mean(axis=0))
+            np.testing.assert_allclose(found.noise_var, typical, rtol=1e-6)
+            np.testing.assert_allclose(found.noise_head.lower[0], own.min(axis=0))
+            assert found.noise_variation is None
+
+    def test_beyond_the_training_rows_the_noise_is_held(self):
+        head = noise_model.HeadNoise(np.array([[2.0]]), np.array([[0.1]]), np.array([[3.0]]))
+        given = np.array([[[1e-9], [0.5], [1e12]]])
+        np.testing.assert_allclose(head(given)[0, :, 0], [0.2, 1.0, 6.0])
+
+    def test_one_row_with_much_noise_does_not_decide(self):
+        arguments, own = self.case(1.0)
+        noise = arguments[-1].copy()
+        noise[:, 5] = 1e8
+        found = out_of_fold.calibrate_variance(*arguments[:-1], noise)
+        np.testing.assert_allclose(found.noise_head.factor, 1.0, rtol=4 * np.sqrt(2 / len(own)))
+
+    def test_expected_log_loss_is_that_of_the_whole_ensemble_on_new_rows(self):
+        """Left-out predictions of few members judge many; the right value is that of fresh rows and all members."""
+        rng = np.random.default_rng(0)
+        members, rows, between, noise = 8, 100_000, 0.5, 0.3
+        truth = rng.normal(size=(rows, 1))
+        mean = truth + np.sqrt(between) * rng.normal(size=(members, rows, 1))
+        y = truth + np.sqrt(noise) * rng.normal(size=(rows, 1))
+        unseen = rng.permuted(np.arange(members)[:, None] < 4 * np.ones(rows, int), axis=0)
+        own = np.full_like(mean, noise)
+        found = out_of_fold.ensemble_log_loss(mean, own, unseen, y, members)
+        spread = between * (1 - 1 / members)
+        expected = 0.5 * np.log(2 * np.pi * (noise + spread)) + 0.5 * (noise + between / members) / (noise + spread)
+        # The variance between four members is uncertain, which the logarithm feels: a few hundredths.
+        assert abs(found - expected) < 0.15
+        everything = out_of_fold.ensemble_log_loss(mean, own, np.ones_like(unseen), y, members)
+        assert abs(everything - expected) < 0.05

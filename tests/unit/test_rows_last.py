@@ -51,6 +51,15 @@ def softmax(outputs):
     return jax.nn.log_softmax(outputs, axis=-1)
 
 
+def second_half(outputs):
+    half = outputs.shape[-1] // 2
+    return jnp.concatenate([outputs[..., :half], jnp.exp(outputs[..., half:].clip(-1.0, 1.0))], axis=-1)
+
+
+def every_other(outputs):
+    return outputs[:, ::2]
+
+
 def identity(outputs):
     return outputs
 
@@ -65,7 +74,7 @@ def evaluated(fn, quantity, rows=ROWS):
     return np.asarray(value), late.rewritten
 
 
-@pytest.mark.parametrize("quantity", [identity, softmax])
+@pytest.mark.parametrize("quantity", [identity, softmax, second_half, every_other])
 @pytest.mark.parametrize("fn", [dense, normalised, branches, scalar_output])
 def test_known_equations_are_rewritten(fn, quantity):
     value, rewritten = evaluated(fn, quantity)

@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 import neurobayes as nb
 from neurobayes import data, scores
 from neurobayes.errors import OptionError
-from neurobayes.likelihoods import Categorical, Gaussian
+from neurobayes.likelihoods import Categorical, Gaussian, HeteroskedasticGaussian
 from neurobayes.models.base import network_info
 from neurobayes.network_info import SCORE_NAMES
 from neurobayes.networks import as_network
@@ -38,6 +38,13 @@ def outputs_of(flat, x):
 
 def log_likelihood(likelihood, y):
     return lambda flat, i: likelihood.log_prob(outputs_of(flat, X[i])[None], y[i : i + 1], NOISE)[0]
+
+
+def test_noise_of_the_network_has_the_curvature_of_its_fisher_information():
+    outputs = jnp.float32([0.3, -1.0])
+    for y in (0.3, 5.0):  # the Hessian would depend on the target
+        factor = scores.curvature_factor(HeteroskedasticGaussian(), outputs, jnp.float32([y]), NOISE)
+        np.testing.assert_allclose(factor @ factor.T, np.diag([np.exp(2.0), 2.0]), rtol=1e-6)
 
 
 CASES = {"numbers": (Gaussian(), NUMBERS), "classes": (Categorical(), LABELS)}

@@ -4,7 +4,10 @@ Everything is in whitened weights ``u = (theta - prior mean) / prior std``,
 where the prior is standard normal and the curvature of the posterior is
 ``I + G`` with
 
-    G = sum_i r_i S J_i^T H_i J_i S,    H_i = -d2 log p(y_i | f_i) / df_i^2.
+    G = sum_i r_i S J_i^T H_i J_i S,    H_i = -d2 log p(y_i | f_i) / df_i^2,
+
+or, where that depends on the target and may be negative, its mean over targets,
+the Fisher information (noise that the network gives).
 
 ``G`` is never formed unless asked for: products with it are one forward and
 one backward pass (Martens 2020, "New insights and perspectives on the natural
@@ -22,6 +25,7 @@ import numpy as np
 
 from .. import linearity
 from .._typing import Array, Key
+from ..likelihoods import HeteroskedasticGaussian
 from ..log_density import Form, Terms
 from ._kronecker import Basis, decomposed, factors, require_layers
 
@@ -94,12 +98,15 @@ def _factors(form: Form, pieces: linearity.Pieces, u: Array, noise: Array, terms
 
 def _root(form: Form, position: Array, terms: Terms) -> Array:
     """Square roots of the weighted curvature of each row in its outputs, (rows, outputs, outputs): H = R R^T."""
-    noise_std = form.noise_std(position, terms.noise_prior)
+    noise_std, outputs = form.noise_std(position, terms.noise_prior), form.outputs(position, terms.carry)
+    if isinstance(form.likelihood, HeteroskedasticGaussian):
+        roots = form.likelihood.fisher_root(outputs) * jnp.sqrt(jnp.asarray(terms.row_weights))[:, None]
+        return roots[:, :, None] * jnp.eye(outputs.shape[-1])
 
     def log_prob(outputs, y):
         return form.likelihood.log_prob(outputs[None], y[None], noise_std)[0]
 
-    curvature = -jax.vmap(jax.hessian(log_prob))(form.outputs(position, terms.carry), jnp.asarray(terms.y))
+    curvature = -jax.vmap(jax.hessian(log_prob))(outputs, jnp.asarray(terms.y))
     values, vectors = jnp.linalg.eigh(curvature)
     scaled = jnp.maximum(values, 0.0) * jnp.asarray(terms.row_weights)[:, None]
     return vectors * jnp.sqrt(scaled)[:, None, :]

@@ -23,7 +23,7 @@ import optax
 from .. import _checks
 from .._typing import Array, Key
 from ..errors import OptionError, TrainingError
-from ..likelihoods import LOG_2PI, Gaussian
+from ..likelihoods import LOG_2PI, Gaussian, HeteroskedasticGaussian
 from ..log_density import Form, LogDensity, Terms, constrain_noise
 from ..posterior import Posterior
 from ..priors import WeightPrior
@@ -114,7 +114,8 @@ class Laplace(Engine):
         if form.num_noise:
             noise_std = constrain_noise(draws[:, form.num_theta :], log_density.terms.noise_prior)
             gaussian = dataclasses.replace(gaussian, noise_var=np.mean(np.asarray(noise_std, float) ** 2, axis=0))
-        exact_moments = self.linearised and form.num_noise > 0 and gaussian.is_complete
+        numbers = form.num_noise > 0 or isinstance(form.likelihood, HeteroskedasticGaussian)
+        exact_moments = self.linearised and numbers and gaussian.is_complete
         shape = (num_chains, num_samples)
         info = {
             "engine": "laplace",

@@ -16,7 +16,7 @@ import numpy as np
 from .. import _checks, linearity
 from .._typing import Key
 from ..errors import OptionError, TrainingError
-from ..likelihoods import Gaussian
+from ..likelihoods import Gaussian, HeteroskedasticGaussian
 from ..linear_regression import OutputPosterior, Spectrum, decompose
 from ..log_density import LogDensity
 from ..posterior import Posterior
@@ -211,6 +211,8 @@ class ScaleNodes(NamedTuple):
 def examine(log_density: LogDensity) -> tuple[str, Design | None]:
     """The regression problem behind a log density, or why there is none."""
     form, terms = log_density.form, log_density.terms
+    if isinstance(form.likelihood, HeteroskedasticGaussian):
+        return "the noise is an output of the network", None
     if type(form.likelihood) is not Gaussian:
         return "the likelihood is not Gaussian", None
     if not linearity.late_is_affine(form.hoisted, form.num_theta, terms.carry):

@@ -162,6 +162,7 @@ def prepare(
     *,
     num_classes: int | None,
     standardize: bool,
+    outputs_per_target: int = 1,
     scaling: Scaling | None = None,
     earlier: tuple[int, int] | None = None,
 ) -> Prepared:
@@ -170,7 +171,7 @@ def prepare(
     ``scaling`` is that of given weights; None fits one, or the identity with ``standardize=False``. Rows are padded
     with room for 5 % more. Where a fit adds rows to an ``earlier`` one, (its rows, its padded size), and they fit into
     that size, it is kept; where they just do not, it grows by half, so that adding rows one by one compiles seldom.
-    Any other fit is padded as if it were the first.
+    Any other fit is padded as if it were the first. ``outputs_per_target`` is that of the likelihood.
     """
     spec = network.input_spec
     inputs = _checks.as_inputs(X, spec)
@@ -185,21 +186,28 @@ def prepare(
     scaled_x = scaling.inputs(inputs)
     scaled_y = targets if classify else scaling.targets(targets)
     width = output_width(network, jax.ShapeDtypeStruct((1, *inputs.shape[1:]), scaled_x.dtype))
-    wanted = num_classes if classify else scaled_y.shape[1]
+    num_targets = num_classes if classify else scaled_y.shape[1]
+    wanted = num_targets * outputs_per_target
     if width != wanted:
-        raise DataError(
-            f"the network has {width} outputs but "
-            + (f"num_classes={num_classes}." if classify else f"y has {wanted} columns.")
-            + f" Build the network with target_dim={wanted}."
-        )
+        raise _wrong_width(width, num_targets, outputs_per_target, classify)
     size = data.bucket_size(len(inputs) + len(inputs) // ROOM_FOR_MORE)
     if earlier is not None and earlier[0] < len(inputs) <= earlier[1]:
         size = earlier[1]
     elif earlier is not None and earlier[0] < len(inputs) < GROWTH * earlier[0]:
         size = data.bucket_size(math.ceil(GROWTH * len(inputs)))  # rows are being added: many more are likely to follow
     rows = Rows(data.pad_rows(scaled_x, size), data.pad_rows(scaled_y, size), data.row_weights(len(inputs), size))
-    return Prepared(jax.device_put(rows), scaling, inputs.shape[1:], len(inputs), wanted, targets.ndim,
+    return Prepared(jax.device_put(rows), scaling, inputs.shape[1:], len(inputs), num_targets, targets.ndim,
                     _checks.column_names(X))  # fmt: skip
+
+
+def _wrong_width(width: int, num_targets: int, outputs_per_target: int, classify: bool) -> DataError:
+    found = f"num_classes={num_targets}" if classify else f"y has {num_targets} columns"
+    remedy = f". Build the network with target_dim={num_targets * outputs_per_target}."
+    if outputs_per_target > 1:
+        found += ", and noise='network' takes a mean and a log noise std for each"
+    elif not classify and width == 2 * num_targets:
+        remedy = f"{remedy[:-1]}, or pass noise='network' if its second half is the logarithm of the noise std."
+    return DataError(f"the network has {width} outputs but {found}{remedy}")
 
 
 def as_user_network(architecture: Any) -> Network:

@@ -18,6 +18,8 @@ class BNN(PartialBNN):
     ----------
     network, num_classes, deterministic_weights, noise_prior, standardize : as for ``PartialBNN``.
     prior_mean : centre of the weights' prior, ``"zero"`` or ``"map"``.
+    noise : ``"constant"``: one unknown level for each output; ``"network"``: the last ``d`` of ``2 d`` outputs are the
+        logarithms of the noise standard deviations, as for ``PartialBNN``.
     """
 
     def __init__(
@@ -29,6 +31,7 @@ class BNN(PartialBNN):
         noise_prior: Any = None,
         prior_mean: str = "zero",
         standardize: bool | str = "auto",
+        noise: str = "constant",
     ):
         super().__init__(
             network,
@@ -39,4 +42,5 @@ class BNN(PartialBNN):
             prior_mean=prior_mean,
             standardize=standardize,
             num_backbones=1,
+            noise=noise,
         )

@@ -11,7 +11,7 @@ import optax
 from .. import _checks, data, schedules, training
 from ..data import Scaling
 from ..errors import DataError, NotFittedError, OptionError, unknown_choice
-from ..likelihoods import Categorical, Gaussian, Likelihood, RowLoss
+from ..likelihoods import Categorical, Gaussian, HeteroskedasticGaussian, Likelihood, RowLoss
 from ..network_info import NetworkInfo
 from ..predictive import deterministic_outputs
 from ..pretraining import default_batch_size
@@ -94,6 +94,9 @@ class DeterministicNN:
         transformation, which brings its own step size: ``learning_rate`` must then be left out.
     noise_std : noise the Gaussian loss assumes, in working units (standard deviations of the target when
         ``standardize``). Against it ``sigma`` sets the strength of the regularisation.
+    noise : ``"constant"``: that noise; ``"network"``: of ``2 d`` outputs for a target of ``d`` columns the last ``d``
+        are the logarithms of the noise standard deviations, in working units, and ``noise_std`` has no part; the
+        weights are then for ``PartialBNN(network, noise="network")``. ``predict`` gives the means.
     standardize : scale inputs and targets inside; predictions come back in the user's units.
     seed, rng_key : source of all randomness; give one.
 
@@ -123,6 +126,7 @@ class DeterministicNN:
         optimizer: str | optax.GradientTransformation | None = None,
         *,
         noise_std: float = 1.0,
+        noise: str = "constant",
         standardize: bool = True,
         seed: int | None = None,
         rng_key: Any = None,
@@ -135,6 +139,7 @@ class DeterministicNN:
         self.swa_config = swa_config
         self.optimizer = optimizer
         self.noise_std = noise_std
+        self.noise = noise
         self.standardize = standardize
         self.seed = seed
         self.rng_key = rng_key
@@ -146,7 +151,7 @@ class DeterministicNN:
         if learning_rate is not None and not callable(learning_rate):
             _checks.check_positive("learning_rate", learning_rate)
         self._network = as_user_network(architecture)
-        self._likelihood = _likelihood_of(loss)
+        self._likelihood = _likelihood_of(loss, noise)
         self._optimizer = _optimizer_of(optimizer, learning_rate)
         self._trained: _Trained | None = None
         template = InputTemplate(self.input_shape, self._network.input_spec.tokens)
@@ -246,7 +251,7 @@ class DeterministicNN:
         )
         if not self.is_regression:
             return softmax(outputs)
-        return to_target_shape(trained.scaling.mean_to_user(outputs), trained.target_ndim)
+        return to_target_shape(trained.scaling.mean_to_user(self._likelihood.means(outputs)), trained.target_ndim)
 
     def predict_classes(self, X: Any) -> np.ndarray:
         """The most probable class of each row, shape ``(n,)``."""
@@ -298,7 +303,8 @@ class DeterministicNN:
     def _prepare(self, X: Any, y: Any, before: _Trained | None) -> Prepared:
         prepared = prepare(
             self._network, X, y, num_classes=None if self.is_regression else self._num_outputs,
-            standardize=self.standardize, scaling=None if before is None else before.scaling,
+            outputs_per_target=self._likelihood.outputs_per_target, standardize=self.standardize,
+            scaling=None if before is None else before.scaling,
         )  # fmt: skip
         if prepared.row_shape != self.input_shape:
             raise DataError(f"rows of X have shape {prepared.row_shape}, but input_shape={self.input_shape}.")
@@ -346,7 +352,11 @@ class DeterministicNN:
             raise OptionError("optimizer='lbfgs' takes all rows in every step; leave batch_size out.")
 
 
-def _likelihood_of(loss: Any) -> Likelihood:
+def _likelihood_of(loss: Any, noise: Any) -> Likelihood:
+    if _checks.check_one_of("noise", noise, ("constant", "network")) == "network":
+        if loss not in (None, "gaussian"):
+            raise OptionError(f"noise='network' is for the Gaussian loss; leave loss={loss!r} out.")
+        return HeteroskedasticGaussian()
     if loss is None:
         return Gaussian()
     if isinstance(loss, str):

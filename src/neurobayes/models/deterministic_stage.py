@@ -62,7 +62,12 @@ class Stage(NamedTuple):
     ensemble: Backbones | None
 
     def starting_noise(self, plan: Any, member: int) -> np.ndarray:
-        """Error of a trained network, ``(outputs,)``: on unseen rows where it was measured, else on training rows."""
+        """Error of a trained network, ``(outputs,)``: on unseen rows where it was measured, else on training rows.
+
+        One, where the likelihood has no noise to start.
+        """
+        if not plan.likelihood.num_noise(plan.prepared.num_outputs):
+            return np.ones(1, np.float32)
         rows, scale = plan.prepared.rows, target_scale(plan.prepared.rows)
         pretrained = self.pretrained[member]
         unseen = None
@@ -177,7 +182,9 @@ def _unseen_rmse(plan: Any, params: list[Params], state: State, weights: np.ndar
     """Error of each part's networks on the rows that each has not seen, ``(parts, outputs)``, working units."""
     rows, real = plan.prepared.rows, np.asarray(plan.prepared.rows.real) > 0
     x, y = np.asarray(rows.x), np.asarray(rows.y, float)[real]
-    outputs = np.stack([predictive.deterministic_outputs(plan.network, each, state, x)[real] for each in params])
+    outputs = np.stack([
+        plan.likelihood.means(predictive.deterministic_outputs(plan.network, each, state, x))[real] for each in params
+    ])  # fmt: skip
     unseen = weights[:, real] == 0
     return np.sqrt([
         out_of_fold.ensemble_error(outputs[parts == p], unseen[parts == p], y, int(np.sum(parts == p)))
@@ -215,7 +222,7 @@ def _warn_of_units(plan: Any, state: State) -> None:
         return
     outputs = predictive.deterministic_outputs(plan.network, plan.weights, state, np.asarray(rows.x))
     real = np.asarray(rows.real) > 0
-    error = np.sqrt(np.mean((outputs - np.asarray(rows.y))[real] ** 2))
+    error = np.sqrt(np.mean((plan.likelihood.means(outputs) - np.asarray(rows.y))[real] ** 2))
     spread = np.sqrt(np.mean(target_scale(rows) ** 2))
     if error > 2.0 * spread:
         warnings.warn(
@@ -236,14 +243,17 @@ class Bayesian(NamedTuple):
 
 def foresee(
     network: Network, x: Any, template: Params, choice: selectors.Selector | None, config: Any, info: Any,
-    engine: Engine | None, *, regression: bool,
+    engine: Engine | None, *, gaussian: bool,
 ) -> Bayesian:  # fmt: skip
-    """The size of the Bayesian part, and whether its posterior will be known in closed form above each backbone."""
+    """The size of the Bayesian part, and whether its posterior will be known in closed form above each backbone.
+
+    That takes ``gaussian`` noise of one level.
+    """
     selected = 0 if config is None else len(config.layer_names or ()) * config.num_pairs_per_layer
     if choice is None or choice.stands_alone:
         return Bayesian(selected, False)
     partition = resolve_untrained(choice, info, template)
-    solvable = regression and (engine is None or isinstance(engine, Auto | LastLayer))
+    solvable = gaussian and (engine is None or isinstance(engine, Auto | LastLayer))
     if not solvable or config is not None or partition.size > MAX_SCALARS:
         return Bayesian(partition.size + selected, False)
     row = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)

@@ -25,7 +25,7 @@ from ..diagnostics import Diagnostics, combine
 from ..errors import MemoryBudgetWarning, OptionError
 from ..inference.base import Engine
 from ..inference.empirical_prior import learn_scales
-from ..likelihoods import Categorical, Gaussian, Likelihood
+from ..likelihoods import Gaussian, Likelihood
 from ..mixture import Mixture, member_moments, member_probabilities
 from ..networks.base import Network
 from ..out_of_fold import OutOfFold, calibrate_temperature, calibrate_variance
@@ -38,7 +38,8 @@ from . import deterministic_stage, resuming
 from .base import Prepared, TrainedParams, abstract_key, network_info, prepare
 from .choosing import Trained, check, choose
 from .deterministic import DeterministicNN
-from .deterministic_stage import Stage, target_scale
+from .deterministic_stage import Stage
+from .noise import check_engine, likelihood_of, noise_prior_of
 from .progress import Report
 from .sampling import Sampling, judge, on_host, sample, stopping_rule, with_draws
 
@@ -140,7 +141,7 @@ def make_plan(
     priors_sigma: Any,
     num_backbones: int | str = 1,
     engine: Engine | None = None,
-    noise_varies: bool = False,
+    noise: str = "constant",
     previous: Fitted | None = None,
     warm: bool = False,
 ) -> Plan:
@@ -149,7 +150,10 @@ def make_plan(
     ``previous`` is an earlier fit, whose padding is kept where a few rows were
     added; with ``warm`` its weights, units and sampler are what the fit starts from.
     """
-    prepared, given = _data_and_weights(network, X, y, num_classes, standardize, given, previous, warm)
+    likelihood = likelihood_of(noise, num_classes)
+    check_engine(engine, likelihood)
+    scale_as = {"num_classes": num_classes, "outputs_per_target": likelihood.outputs_per_target}
+    prepared, given = _data_and_weights(network, X, y, standardize, given, previous, warm, scale_as)
     example = jax.ShapeDtypeStruct((1, *prepared.rows.x.shape[1:]), prepared.rows.x.dtype)
     info = network_info(network, example)
     template, _ = jax.eval_shape(network.init, abstract_key(), example)
@@ -160,10 +164,6 @@ def make_plan(
         _checks.check_one_of("priors_sigma", priors_sigma, ("auto",))
         priors_sigma = 1.0
     priors.prior_std_by_leaf(list(trees.shapes(template)), priors_sigma)
-    noise_is_default = noise_prior is None
-    if num_classes is None:
-        noise_prior = priors.default_noise_prior(target_scale(prepared.rows)) if noise_prior is None else noise_prior
-        priors.check_noise_prior(noise_prior, prepared.num_outputs)
     config = None if select_config is None else selection.validate_select_config(select_config, info)
     asked = check(choice, config, info, template, priors_sigma)
     if asked and weights is not None and statistics is None:
@@ -172,9 +172,9 @@ def make_plan(
             "came without any. Pass DeterministicNN.get_params(), or choose by 'magnitude', 'fisher' or "
             "'laplace_variance'."
         )
-    regression = num_classes is None
+    gaussian = type(likelihood) is Gaussian
     bayesian = deterministic_stage.foresee(
-        network, prepared.rows.x, template, choice, config, info, engine, regression=regression
+        network, prepared.rows.x, template, choice, config, info, engine, gaussian=gaussian
     )
     count = 1
     if weights is not None and not warm and num_backbones not in ("auto", 1):
@@ -187,28 +187,28 @@ def make_plan(
     return Plan(
         network=network,
         prepared=prepared,
-        likelihood=Gaussian() if regression else Categorical(),
+        likelihood=likelihood,
         choice=choice,
         select_config=config,
         weights=weights,
         statistics=statistics,
         needs_statistics=bool(asked),
-        noise_prior=noise_prior,
-        noise_is_default=noise_is_default,
+        noise_prior=noise_prior_of(noise_prior, likelihood, prepared),
+        noise_is_default=noise_prior is None,
         prior_mean=prior_mean,
         priors_sigma=priors_sigma,
         learns_prior=learns_prior,
         template=template,
         num_backbones=count,
         exact=bayesian.exact,
-        noise_varies=noise_varies,
+        noise_varies=noise == "varying",
         warm=previous if warm else None,
     )
 
 
 def _data_and_weights(
-    network: Network, X: Any, y: Any, num_classes: int | None, standardize: bool | str, given: Any,
-    previous: Fitted | None, warm: bool,
+    network: Network, X: Any, y: Any, standardize: bool | str, given: Any, previous: Fitted | None, warm: bool,
+    scale_as: Mapping[str, Any],
 ) -> tuple[Prepared, Any]:  # fmt: skip
     """Scaled data, and the weights that are given: by the user, by the network, or by the fit to be continued."""
     if isinstance(given, DeterministicNN):
@@ -217,11 +217,9 @@ def _data_and_weights(
         given = network.pretrained
     earlier = None if previous is None else (previous.num_rows, previous.capacity)
     if warm and previous is not None:
-        prepared = prepare(
-            network, X, y, num_classes=num_classes, standardize=True, scaling=previous.scaling, earlier=earlier
-        )
+        prepared = prepare(network, X, y, standardize=True, scaling=previous.scaling, earlier=earlier, **scale_as)
         return prepared, previous.members[0].source.params
-    return _prepare(network, X, y, num_classes, standardize, given, earlier), given
+    return _prepare(network, X, y, standardize, given, earlier, scale_as), given
 
 
 def run(plan: Plan, key: Key, options: PretrainingOptions, sampling: Sampling, report: Report) -> Fitted:
@@ -278,7 +276,7 @@ def _sample_member(
         key_sample = jax.random.fold_in(key_sample, number)
         if checkpoint is not None:
             checkpoint = Checkpoint(checkpoint.folder / f"backbone-{number:02d}", checkpoint.fingerprint)
-    noise = stage.starting_noise(plan, number) if plan.likelihood.is_regression else np.ones(1, np.float32)
+    noise = stage.starting_noise(plan, number)
     if warm is None:
         partition = _choose(plan, jax.random.fold_in(key_train, 1), stage, number, noise)
     else:
@@ -286,7 +284,10 @@ def _sample_member(
     if checkpoint is not None:
         resuming.check_choice(checkpoint, partition)
     density, start = _density(plan, partition, params, stage, number, noise)
-    source = Source(plan.network, partition, params, stage.state, np.zeros((0, partition.size)), np.zeros((0, 0)))
+    source = Source(
+        plan.network, partition, params, stage.state, np.zeros((0, partition.size)), np.zeros((0, 0)),
+        noise_outputs=plan.prepared.num_outputs if plan.likelihood.outputs_per_target > 1 else 0,
+    )  # fmt: skip
     posterior = sample(
         sampling, key_sample, density, start, checkpoint=checkpoint, report=report,
         is_enough=stopping_rule(sampling, plan.prepared, source, density),
@@ -304,30 +305,24 @@ def _calibrate(plan: Plan, members: tuple[Member, ...], stage: Stage) -> OutOfFo
     y, unseen = np.asarray(rows.y)[real], stage.row_weights[:, real] == 0
     mixture = Mixture(tuple(member.source for member in members), stage.parts, np.ones(1))
     if plan.likelihood.is_regression:
-        mean, variance = (values[:, real] for values in member_moments(mixture, np.asarray(rows.x)))
+        mean, variance, noise = member_moments(mixture, np.asarray(rows.x))
         x = np.asarray(rows.x)[real] if plan.noise_varies else None
-        return calibrate_variance(mean, variance, unseen, stage.parts, y.astype(float), x)
+        noise = noise[:, real] if mixture.sources[0].noise_outputs else None
+        return calibrate_variance(mean[:, real], variance[:, real], unseen, stage.parts, y.astype(float), x, noise)
     return calibrate_temperature(member_probabilities(mixture, np.asarray(rows.x))[0][:, real], unseen, y)
 
 
 def _prepare(
-    network: Network,
-    X: Any,
-    y: Any,
-    num_classes: int | None,
-    standardize: Any,
-    given: Any,
-    earlier: tuple[int, int] | None,
-) -> Prepared:
+    network: Network, X: Any, y: Any, standardize: Any, given: Any, earlier: tuple[int, int] | None,
+    scale_as: Mapping[str, Any],
+) -> Prepared:  # fmt: skip
     """Scaled data: in the units of given weights where these are known, and in the user's where they are not."""
     known = given.scaling if isinstance(given, TrainedParams) else None
     if standardize == "auto":
         standardize = given is None
     else:
         known = None
-    return prepare(
-        network, X, y, num_classes=num_classes, standardize=bool(standardize), scaling=known, earlier=earlier
-    )
+    return prepare(network, X, y, standardize=bool(standardize), scaling=known, earlier=earlier, **scale_as)
 
 
 @jax.jit
@@ -352,7 +347,7 @@ def _choose(plan: Plan, key: Key, stage: Stage, number: int, noise: np.ndarray) 
 def _density(plan: Plan, partition: RandomPart, params: Params, stage: Stage, number: int, noise: np.ndarray):
     """The log density of a backbone's Bayesian part given the rows it was trained on, and the trained position."""
     rows, noise_prior = plan.prepared.rows, plan.noise_prior
-    if stage.ensemble is not None and plan.noise_is_default and plan.likelihood.is_regression:
+    if stage.ensemble is not None and plan.noise_is_default and plan.noise_prior is not None:
         # A backbone's own rows would say that there is hardly any noise: it has learnt them. Others measured it.
         noise_prior = priors.known_noise_prior(noise, plan.prepared.num_rows)
     prior = priors.weight_prior(partition, params, plan.priors_sigma, plan.prior_mean)

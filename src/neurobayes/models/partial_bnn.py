@@ -20,6 +20,7 @@ from ..subspaces import RandomPart
 from . import deterministic_stage, fitting
 from .base import as_user_network
 from .fitting import Fitted
+from .noise import check_noise
 from .predicting import Predicting, check_calibration
 from .progress import progress
 from .sampling import Sampling
@@ -64,7 +65,9 @@ class PartialBNN(Predicting):
         never calibrated here.
     noise : ``"varying"``: with that calibration, the logarithm of the noise variance is linear in the columns of a
         table (of up to 100) and in the prediction, as far as errors on left-out rows show it; ``"constant"``: the same
-        for all rows.
+        for all rows; ``"network"``: the network gives it. For a target of ``d`` columns it then has ``2 d`` outputs:
+        first the means, then the *logarithms* of the noise *standard deviations*, in working units. Training, sampling
+        and prediction take them as such, and left-out rows fit one factor on all noise variances.
 
     Attributes
     ----------
@@ -121,14 +124,12 @@ class PartialBNN(Predicting):
         else:
             _checks.check_positive_int("num_backbones", num_backbones)
         check_calibration(calibration)
-        _checks.check_one_of("noise", noise, ("varying", "constant"))
         if num_classes is not None:
             _checks.check_positive_int("num_classes", num_classes, minimum=2)
+        check_noise(noise, num_classes, noise_prior)
         _checks.check_one_of("prior_mean", prior_mean, ("map", "zero"))
         if standardize not in (True, False, "auto"):
             raise OptionError(f"standardize must be True, False or 'auto', got {standardize!r}.")
-        if noise_prior is not None and num_classes is not None:
-            raise OptionError("noise_prior belongs to regression; classification has no noise parameter.")
         self._choice = selectors.from_keywords(
             num_probabilistic_layers, probabilistic_layer_names, probabilistic_neurons, bayesian
         )
@@ -229,7 +230,7 @@ class PartialBNN(Predicting):
             select_config=select_neurons_config, given=self.deterministic_weights, num_classes=self.num_classes,
             standardize=self.standardize, noise_prior=self.noise_prior, prior_mean=self.prior_mean,
             priors_sigma=priors_sigma, num_backbones=self.num_backbones, engine=sampling.engine,
-            noise_varies=self.noise == "varying", previous=self._previous(warm_start), warm=bool(warm_start),
+            noise=self.noise, previous=self._previous(warm_start), warm=bool(warm_start),
         )  # fmt: skip
         if self.num_backbones == 1:
             deterministic_stage.warn_of_one(plan.prepared.num_rows, partial=self.prior_mean == "map")
@@ -298,8 +299,8 @@ class PartialBNN(Predicting):
     def held_out_std(self) -> np.ndarray | None:
         """Error of the deterministic stage's predictions on rows left out of training, ``(outputs,)``.
 
-        In the user's units; None for a single network whose weights or length of training were given, and for
-        classes.
+        In the user's units; None for a single network whose weights or length of training were given or that gives
+        the noise itself, and for classes.
         """
         fitted = self._require_fitted()
         search = None if fitted.pretrained is None else fitted.pretrained.search

@@ -213,7 +213,8 @@ class Predicting:
         """Draws of the Bayesian weights by leaf (``Dense1.kernel``), and of the noise in the user's units.
 
         A wholly Bayesian leaf has shape ``(draws, *leaf_shape)``, a partly Bayesian one ``(draws, k)`` in the
-        order of ``partition.indices``. ``chain_dim=True`` puts a chain axis first.
+        order of ``partition.indices``. ``chain_dim=True`` puts a chain axis first. Noise that the network gives has no
+        draws besides those of the weights.
         """
         samples = self._samples_of(self._require_fitted().members)
         if chain_dim:
@@ -224,9 +225,7 @@ class Predicting:
         """What the trained networks predict without any Bayesian part: their mean, or mean class probabilities."""
         fitted, x = self._inputs(X)
         parts = fitted.mixture
-        outputs = [
-            predictive.deterministic_outputs(source.network, source.params, source.state, x) for source in parts.sources
-        ]
+        outputs = [predictive.deterministic_means(source, x) for source in parts.sources]
         if not self.is_regression:
             return np.tensordot(parts.member_weights, np.stack([softmax(values) for values in outputs]), 1)
         mean = np.tensordot(parts.member_weights, np.stack(outputs).astype(float), 1)
@@ -259,7 +258,7 @@ class Predicting:
             source, positions = member.source, member.posterior.draws
             theta = positions[..., : source.partition.size]
             samples = {path: np.asarray(values) for path, values in source.partition.unravel(theta).items()}
-            if self.is_regression:
+            if source.noise_std.shape[1]:
                 noise = source.noise_std.reshape(*positions.shape[:2], -1) * fitted.scaling.y_std
                 samples["noise_std"] = noise[..., 0] if fitted.target_ndim == 1 else noise
             found.append({path: values[:, :num_draws] for path, values in samples.items()})
