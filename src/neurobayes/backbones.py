@@ -333,13 +333,15 @@ class _Run:
         found = []
         for group, history in zip(self.best.groups, self.histories, strict=True):
             losses = np.concatenate(history, axis=1)[:, : self.best.epoch]
+            # Cut on the host: cutting there one leaf after another would take longer than training on few rows.
+            kept = jax.tree.map(np.asarray, group._replace(key=None, opt_state=None, best_params=None))
             for k in range(len(losses)):
-                member = jax.tree.map(lambda leaf, k=k: leaf[k], group)
+                member = jax.tree.map(lambda leaf, k=k: leaf[k].copy(), kept)
                 statistics = member.statistics
                 if statistics is not None:
                     statistics = weight_statistics.summarise(statistics, int(member.num_averaged))
                 params = member.params if member.average is None else member.average
-                found.append((jax.tree.map(np.asarray, params), statistics, losses[k]))
+                found.append((params, statistics, losses[k]))
         return found
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import scipy.special
 
 from . import out_of_fold, predictive
+from ._threads import side_by_side
 from .likelihoods import LOG_2PI
 from .out_of_fold import OutOfFold
 from .predictive import Source
@@ -72,7 +73,11 @@ def member_moments(mixture: Mixture, x: np.ndarray) -> tuple[np.ndarray, np.ndar
 
     The last is ``(members, 1, outputs)`` where the noise is the same for all rows.
     """
-    moments = [predictive.noisy_moments(source, x) for source in mixture.sources]
+    sources = ((source, x) for source in mixture.sources)
+    if all(source.analytic is not None for source in mixture.sources):
+        moments = side_by_side(predictive.noisy_moments, sources)
+    else:  # these keep all cores busy by themselves
+        moments = [predictive.noisy_moments(*each) for each in sources]
     mean, variance, noise_var = (np.stack(parts).astype(float) for parts in zip(*moments, strict=True))
     return mean, variance, noise_var
 

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import scipy.optimize
 import scipy.special
-import scipy.stats
 
 from .noise_model import (
     FIRST_PRECISION,
@@ -46,6 +45,11 @@ LEAST_FIT_DOF = 4.0
 least with which the variance is fitted, which near 2 would have little to do with the errors' squares."""
 
 TEMPERATURES = (0.05, 20.0)
+
+SCALE_PARAMETERS = 4
+"""Numbers that are as good as fitted to the errors besides the mean: the factor, the noise, and the prior scale and
+epoch that were best. A variance that ``n`` errors show is, for a new row, larger by ``n / (n - 4)``: that of the
+Student's t which is the predictive distribution of a normal with unknown scale."""
 
 STACKING = 0.5
 """Parts are weighed by their likelihood of left-out rows to this power: the rows are predicted from much the same data,
@@ -142,6 +146,11 @@ def ensemble_log_loss(
     return -float(_log_score(squared, total).mean())
 
 
+def scale_uncertainty(num_rows: int) -> float:
+    """Factor on a variance that was fitted to ``num_rows`` errors; no more than two, however few they are."""
+    return num_rows / max(num_rows - SCALE_PARAMETERS, 0.5 * num_rows)
+
+
 def ensemble_probabilities(probabilities: np.ndarray, unseen: np.ndarray) -> np.ndarray:
     """Class probabilities ``(n, classes)`` of each row by the members to which it is new."""
     return left_out_mean(np.asarray(probabilities, float), unseen)[0]
@@ -189,7 +198,8 @@ def calibrate_variance(
     total = np.tensordot(weights, totals + (centres - centre) ** 2, 1)
     squared = (centre - y) ** 2
     score = scores[0] if len(found) == 1 else np.mean(_log_score(squared, total))
-    tail = np.array([_fit_tail(z) for z in ((y - centre) / np.sqrt(total)).T])
+    fitted = np.sqrt(total / scale_uncertainty(len(y)))
+    tail = np.array([_fit_tail(z) for z in ((y - centre) / fitted).T])
     return OutOfFold(
         weights, np.stack([part.factor for part in found]), np.stack([part.noise_var for part in found]), None,
         np.sqrt(found[0].mse), float(score), np.mean(squared < 1.959964**2 * total, axis=0), tail,
@@ -237,6 +247,7 @@ def _calibrate_part(
         fits.append(_fit_output(epistemic[:, i], squared[:, i], (centre - y)[:, i], features, shapes[:, i]))
         changes.append(shapes[:, i] * np.exp(features @ fits[i][2]))
     factor, noise_var, coefficients = (np.array(found) for found in zip(*fits, strict=True))
+    factor, noise_var = factor * scale_uncertainty(num_rows), noise_var * scale_uncertainty(num_rows)
     total = factor * epistemic + noise_var * np.stack(changes, axis=1)
     mse = ensemble_error(mean, unseen, y, num_members)
     score = float(_log_score(squared, total).mean())
@@ -290,7 +301,8 @@ def _fit_tail(scaled: np.ndarray) -> tuple[float, float]:
 
     def negative(values: np.ndarray) -> float:
         dof, scale = MIN_DOF + np.exp(values[0]), np.exp(values[1])
-        fit = np.sum(scipy.stats.t.logpdf(scaled / scale, dof)) - len(scaled) * values[1]
+        constant = scipy.special.gammaln([(dof + 1) / 2, dof / 2]) @ [1, -1] - 0.5 * np.log(np.pi * dof) - values[1]
+        fit = len(scaled) * constant - 0.5 * (dof + 1) * np.sum(np.log1p((scaled / scale) ** 2 / dof))
         # The prior of the degrees of freedom is centred where the tails are those of a Gaussian for all purposes.
         return 0.5 * ((values[0] - np.log(GAUSSIAN_DOF)) / DOF_SPREAD) ** 2 - fit
 

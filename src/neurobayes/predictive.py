@@ -171,11 +171,15 @@ def noisy_moments(source: Source, x: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _analytic_moments(source: Source, analytic: Analytic, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    parts = []
-    for block, size in _row_blocks(x, _rows(source, x)):
+    parts, num_rows, rows = [], len(x), _rows(source, x)
+    if num_rows < rows:  # cheap enough to be padded to few sizes: adding or taking away rows compiles next to nothing
+        rows = min(rows, 1 << max(3, (num_rows - 1).bit_length()))
+        x = data.pad_rows(x, rows)
+    for block, size in _row_blocks(x, rows):
         mean, variance = analytic.moments(*_hoist(source, block))
         parts.append((mean[:size], np.maximum(variance[:size], 0.0)))
-    return np.concatenate([mean for mean, _ in parts]), np.concatenate([variance for _, variance in parts])
+    mean, variance = (np.concatenate(values)[:num_rows] for values in zip(*parts, strict=True))
+    return mean, variance
 
 
 def class_moments(source: Source, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -31,6 +31,10 @@ MIN_NOISE_START = 1e-3
 EXACT_BACKBONES = 16
 """Backbones by default where the posterior of each is known in closed form."""
 
+SMALL_ROWS = 128
+SMALL_BACKBONES = 32
+"""With fewer rows than this twice as many: they are cheap there, and every row is then new to eight."""
+
 SAMPLED_BACKBONES = 4
 """Backbones by default where each needs a sampler of its own."""
 
@@ -281,8 +285,8 @@ def how_many(network: Network, prepared: Any, template: Params, wanted: int | st
     # Forwards and backwards; half of the prior scales' runs end early.
     work = 3.0 * flops * prepared.num_rows * epochs * 0.5 * len(backbones.SIGMA_GRID)
     affordable = MOST_WORK / max(1.0, work)
-    step = backbones.GROUP
-    count = np.clip(step * math.floor(affordable / step), SAMPLED_BACKBONES, EXACT_BACKBONES)
+    step, most = backbones.GROUP, SMALL_BACKBONES if prepared.num_rows < SMALL_ROWS else EXACT_BACKBONES
+    count = np.clip(step * math.floor(affordable / step), SAMPLED_BACKBONES, most)
     return min(int(count), prepared.num_rows)
 
 

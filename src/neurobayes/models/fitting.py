@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from .. import _checks, log_density, priors, row_blocks, selection, selectors, trees
+from .._threads import side_by_side
 from .._typing import Key, Params
 from ..backbones import Backbones
 from ..checkpoint import Checkpoint
@@ -233,10 +234,16 @@ def run(plan: Plan, key: Key, options: PretrainingOptions, sampling: Sampling, r
     stage = deterministic_stage.train(plan, key_train, seed, options, report, checkpoint)
     trained = time.perf_counter()
     share = sampling.shared(len(stage.params), exact=plan.exact)
-    members = tuple(
-        _sample_member(plan, stage, k, key_train, key_sample, share, report, checkpoint)
-        for k in range(len(stage.params))
-    )
+
+
+    def sampled(number: int) -> Member:
+        return _sample_member(plan, stage, number, key_train, key_sample, share, report, checkpoint)
+
+    numbers = range(len(stage.params))
+    if plan.exact:  # linear algebra on one core; samplers keep all busy by themselves
+        members = tuple(side_by_side(sampled, ((k,) for k in numbers)))
+    else:
+        members = tuple(sampled(k) for k in numbers)
     prepared = plan.prepared
     out_of_fold = None if stage.ensemble is None else _calibrate(plan, members, stage)
     seconds = {"training": trained - started, "sampling": time.perf_counter() - trained}
