@@ -273,6 +273,16 @@ class TestDensity:
         density = np.exp(model.log_predictive_density(rows, grid, form=form))
         np.testing.assert_allclose(np.trapezoid(density, grid), 1.0, rtol=5e-3)
 
+    def test_pools_of_other_sizes_compile_nothing(self, model, new_rows, count_compilations):
+        """Active learning scores a pool that shrinks row by row."""
+        rows = np.resize(new_rows, (120, new_rows.shape[1]))
+        whole = model.predict(rows)
+        with count_compilations() as compiled:
+            for size in (119, 101, 77, 65):
+                for all_rows, some in zip(whole, model.predict(rows[:size]), strict=True):
+                    np.testing.assert_allclose(some, all_rows[:size], rtol=1e-4)
+        assert compiled.number == 0
+
     def test_intervals_hold_their_share_of_the_draws(self, model, new_rows):
         low, high = model.predict_interval(new_rows, 0.8, calibration=None)
         draws = model.sample_from_posterior(new_rows, 3000, seed=3, calibration=None)
@@ -476,6 +486,13 @@ class TestNumber:
         assert np.bincount(found.backbones.parts)[0] == num_rows
         mean, variance = found.predict(data[0])
         assert np.isfinite(mean).all() and (variance > 0).all()
+
+    def test_few_rows_have_twice_as_many(self, data):
+        options = {**EXACT, "sgd_epochs": 2, "map_sigma": 1.0}
+        found = fit(*data, options=options)
+        assert np.bincount(found.backbones.parts)[0] == deterministic_stage.SMALL_BACKBONES
+        more = [np.resize(values, (deterministic_stage.SMALL_ROWS, *values.shape[1:])) for values in data]
+        assert len(fit(*more, options=options).backbones.members) == deterministic_stage.EXACT_BACKBONES
 
     def test_one_warns_and_is_never_calibrated(self, data):
         options = {**EXACT, "map_sigma": 1.0, "sgd_epochs": 5}

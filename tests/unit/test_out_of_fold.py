@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import scipy.special
+import scipy.stats
 
 from neurobayes import out_of_fold
 
@@ -243,3 +244,39 @@ class TestTemperature:
         probabilities = np.array([[0.2, 0.8], [0.6, 0.4]])
         np.testing.assert_allclose(out_of_fold.log_loss(probabilities, np.array([1, 0])), -np.log([0.8, 0.6]).mean())
         assert np.isfinite(out_of_fold.log_loss(np.array([[1.0, 0.0]]), np.array([1])))
+
+
+class TestScaleUncertainty:
+    def test_vanishes_with_many_rows_and_never_exceeds_two(self):
+        factors = [out_of_fold.scale_uncertainty(n) for n in (1, 4, 8, 32, 10_000)]
+        np.testing.assert_allclose(factors, [2.0, 2.0, 2.0, 32 / 28, 10_000 / 9_996])
+
+    def test_intervals_from_few_rows_hold_as_often_as_they_say(self):
+        """Coverage over many small data sets; without the factor it is less."""
+        num_rows, unseen = 24, every_member_leaves_out(8, 24, 0.25)
+        rng, inside = np.random.default_rng(3), []
+        for seed in range(100):
+            values, y = ensemble(8, num_rows, [0.0], 0.05, 1.0, seed)
+            found = out_of_fold.calibrate_variance(values, np.full_like(values, 1e-6), unseen, np.zeros(8, int), y)
+            var = found.epistemic_factor[0, 0] * 0.05 * 7 / 8 + found.noise_var[0, 0]
+            error = np.sqrt(0.05 / 8 + 1.0) * rng.normal(size=200)
+            shrunk = var / out_of_fold.scale_uncertainty(num_rows)
+            inside.append([np.mean(error**2 < 1.96**2 * v) for v in (var, shrunk)])
+        calibrated, uncorrected = np.mean(inside, axis=0)
+        margin = 4 * np.std(inside, axis=0)[0] / np.sqrt(len(inside))
+        assert abs(calibrated - 0.95) < margin + 0.01
+        assert uncorrected < calibrated - 0.005
+
+    def test_the_tails_density_has_the_same_correction(self):
+        values, y = ensemble(8, 24, [0.0], 0.05, 1.0)
+        unseen = every_member_leaves_out(8, 24, 0.25)
+        found = out_of_fold.calibrate_variance(values, np.full_like(values, 1e-6), unseen, np.zeros(8, int), y)
+        centre, between = out_of_fold.left_out_mean(values, unseen)
+        total = found.epistemic_factor[0] * (1e-6 + between * 7 / 8) + found.noise_var[0]
+        z = (y - centre) / np.sqrt(total / out_of_fold.scale_uncertainty(24))
+        dof, scale = found.tail[0]
+
+        def density(scale):
+            return np.sum(scipy.stats.t.logpdf(z / scale, dof)) - len(z) * np.log(scale)
+
+        assert density(scale) > max(density(0.97 * scale), density(1.03 * scale))

@@ -235,7 +235,6 @@ def run(plan: Plan, key: Key, options: PretrainingOptions, sampling: Sampling, r
     trained = time.perf_counter()
     share = sampling.shared(len(stage.params), exact=plan.exact)
 
-
     def sampled(number: int) -> Member:
         return _sample_member(plan, stage, number, key_train, key_sample, share, report, checkpoint)
 
