@@ -56,9 +56,9 @@ class PartialBNN(Predicting):
     standardize : scale inputs and targets inside. ``"auto"``: yes, except that given weights decide by their own
         units, and plain arrays are taken to work in the user's.
     num_backbones : how many networks are trained, each without an eighth of the rows (a quarter of less than 600).
-        ``"auto"``: 16 where the posterior of the Bayesian part is exact (fewer for costly networks), 4 where it is
-        sampled (2 with more than 1,000 weights to sample); given weights are one. With 1, one network is trained on
-        all rows, and its intervals are known to be too narrow on new ones.
+        ``"auto"``: 16 where the posterior of the Bayesian part is exact (32 for less than 128 rows, fewer for costly
+        networks), 4 where it is sampled (2 with more than 1,000 weights to sample); given weights are one. With 1, one
+        network is trained on all rows, and its intervals are known to be too narrow on new ones.
     calibration : ``"out_of_fold"``: the predictive variance is ``a * epistemic + b`` with the factor and the noise
         that make left-out rows most likely (for classes, a temperature); None: the variance of the mixture as the
         posteriors give it. Each prediction may ask for the other. A single backbone has no left-out rows, and is
