@@ -6,7 +6,7 @@ of draws from that mean are stretched, and the noise is that which left-out rows
 show.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,9 @@ from ._threads import side_by_side
 from .likelihoods import LOG_2PI
 from .out_of_fold import OutOfFold
 from .predictive import Source
+
+ROWS_AT_ONCE = 2**16
+"""Rows for which the moments of all backbones are held at once."""
 
 VALUES_PER_BLOCK = 2**22
 """Outputs of all draws that are held at once."""
@@ -84,6 +87,18 @@ def member_moments(mixture: Mixture, x: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def regression_moments(mixture: Mixture, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean, epistemic variance (within and between backbones) and noise variance, ``(n, outputs)``, working units."""
+    return _by_blocks(_regression_moments, mixture, x)
+
+
+def _by_blocks(
+    moments: Callable[[Mixture, np.ndarray], tuple[np.ndarray, ...]], mixture: Mixture, x: np.ndarray
+) -> Any:
+    """``moments(mixture, x)`` of not too many rows at a time."""
+    parts = [moments(mixture, x[first : first + ROWS_AT_ONCE]) for first in range(0, len(x), ROWS_AT_ONCE)]
+    return tuple(np.concatenate(values) for values in zip(*parts, strict=True))
+
+
+def _regression_moments(mixture: Mixture, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     means, variances, own = part_moments(mixture, x)
     mean = np.tensordot(mixture.weights, means, 1)
     epistemic = mixture.factors()[:, None, :] * variances + (means - mean) ** 2
@@ -114,6 +129,10 @@ def class_moments(mixture: Mixture, x: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
     With a temperature, the share of the entropy that the draws agree on stays as it was.
     """
+    return _by_blocks(_class_moments, mixture, x)
+
+
+def _class_moments(mixture: Mixture, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     shares = mixture.member_weights
     probabilities, entropy = (np.tensordot(shares, values, 1) for values in member_probabilities(mixture, x))
     if mixture.calibration is None or mixture.calibration.temperature is None:

@@ -101,7 +101,9 @@ def test_shares_of_the_draws():
     assert mixture.num_draws(PLAIN) == sum(COUNTS)
 
 
-def test_moments_are_those_of_the_weighted_draws():
+@pytest.mark.parametrize("rows_at_once", [4, 10**6])
+def test_moments_are_those_of_the_weighted_draws(monkeypatch, rows_at_once):
+    monkeypatch.setattr(mixture, "ROWS_AT_ONCE", rows_at_once)
     mean, epistemic, noise_var = mixture.regression_moments(PLAIN, X)
     expected = np.tensordot(SHARES, DRAWS, 1)
     np.testing.assert_allclose(mean, expected, rtol=1e-4, atol=1e-5)
@@ -122,7 +124,9 @@ def test_calibration_stretches_the_variance_of_each_part_and_leaves_the_mean():
     np.testing.assert_allclose(epistemic, expected, rtol=1e-3)
 
 
-def test_the_noise_of_each_row():
+@pytest.mark.parametrize("rows_at_once", [4, 10**6])
+def test_the_noise_of_each_row(monkeypatch, rows_at_once):
+    monkeypatch.setattr(mixture, "ROWS_AT_ONCE", rows_at_once)
     _, epistemic, noise_var = mixture.regression_moments(VARYING, X)
     np.testing.assert_allclose(noise_var, np.tensordot(WEIGHTS, noise_vars(VARYING), 1), rtol=1e-4)
     np.testing.assert_array_equal(epistemic, mixture.regression_moments(CALIBRATED, X)[1])
