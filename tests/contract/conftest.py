@@ -95,3 +95,16 @@ def count_compilations():
             jax.monitoring.unregister_event_duration_listener(listen)
 
     return counting
+
+
+@pytest.fixture
+def chunks_of(monkeypatch):
+    """A function that has samplers advance by as many iterations in every call, however fast they are."""
+    from neurobayes.inference import _driver
+
+    def fix(number: int) -> None:
+        monkeypatch.setattr(_driver, "CHUNK", number)
+        monkeypatch.setattr(_driver, "FIRST_CHUNK", number)
+        monkeypatch.setattr(_driver, "SECONDS_PER_CHUNK", float("inf"))
+
+    return fix

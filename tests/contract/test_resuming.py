@@ -215,9 +215,9 @@ def test_the_search_is_kept_too(tmp_path, monkeypatch):
     np.testing.assert_array_equal(ours.unseen_rmse, theirs.unseen_rmse)
 
 
-def test_a_run_that_stopped_by_quality_stops_there_again(tmp_path, monkeypatch):
+def test_a_run_that_stopped_by_quality_stops_there_again(tmp_path, chunks_of, monkeypatch):
     """Interrupted between the checks or not: quality is judged after the same draws."""
-    monkeypatch.setattr(_driver, "CHUNK", 20)
+    chunks_of(20)
     monkeypatch.setattr(_driver, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     monkeypatch.setattr(_driver, "SHARE_BETWEEN_CHECKPOINTS", 0.0)
     whole = long_run.fit(None, None, until="ess>150")
@@ -260,7 +260,8 @@ def test_the_identity_of_a_warm_start_includes_where_it_starts(tmp_path):
         run(12)
 
 
-def test_the_pause_between_saves_grows_with_the_run(monkeypatch):
+def test_the_pause_between_saves_grows_with_the_run(chunks_of, monkeypatch):
+    chunks_of(50)
     clock = [0.0]
     monkeypatch.setattr(_driver.time, "perf_counter", lambda: clock[0])
     saves = []
@@ -273,7 +274,7 @@ def test_the_pause_between_saves_grows_with_the_run(monkeypatch):
             saves.append(clock[0])
 
     class Still:
-        state, waits = np.zeros((1, 1)), False
+        state, waits, longest = np.zeros((1, 1)), False, 50
 
         def dispatch(self, num_steps, sampling):
             clock[0] += 0.5
@@ -291,8 +292,8 @@ def test_the_pause_between_saves_grows_with_the_run(monkeypatch):
     assert len(saves) < 400
 
 
-def test_interrupted_by_hand_then_continued(tmp_path, uninterrupted, monkeypatch):
-    monkeypatch.setattr(_driver, "CHUNK", 20)
+def test_interrupted_by_hand_then_continued(tmp_path, uninterrupted, chunks_of, monkeypatch):
+    chunks_of(20)
     monkeypatch.setattr(_driver, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     chunk = _driver._Run._chunk
 

@@ -22,8 +22,8 @@ OPTIONS = {"num_warmup": 60, "sgd_epochs": 20, "map_sigma": 1.0, "progress_bar":
 
 
 @pytest.fixture(autouse=True)
-def short_chunks(monkeypatch):
-    monkeypatch.setattr(_driver, "CHUNK", 20)
+def short_chunks(chunks_of):
+    chunks_of(20)
 
 
 @pytest.fixture(scope="module")
@@ -136,12 +136,14 @@ class Chains:
     """Chains that only count, for what happens between chunks."""
 
     waits = False
+    longest = 40
 
     def __init__(self, finite=True):
-        self.state, self.finite = np.zeros((1, 1)), finite
+        self.state, self.finite, self.calls = np.zeros((1, 1)), finite, []
 
     def dispatch(self, num_steps, sampling):
-        return self.state + num_steps, np.arange(20.0)[None, :, None], {"diverging": np.zeros((1, 20), bool)}
+        self.calls.append(num_steps)
+        return self.state + num_steps, np.arange(40.0)[None, :, None], {"diverging": np.zeros((1, 40), bool)}
 
     def is_healthy(self, state):
         return self.finite
@@ -161,6 +163,24 @@ def test_quality_is_judged_ever_more_rarely():
     assert len(seen) < 40
     assert np.all(np.diff(seen) >= 20)
     assert np.all(np.array(seen[1:]) <= 1.2 * np.array(seen[:-1]) + 40)
+
+
+def test_calls_grow_to_what_they_can_hold_and_none_passes_a_judgement(chunks_of, monkeypatch):
+    chunks_of(_driver.LONGEST)
+    monkeypatch.setattr(_driver, "FIRST_CHUNK", 16)
+    chains, seen = Chains(), []
+    control = RunControl(is_enough=lambda draws: seen.append(draws.shape[1]) or False)
+    _driver.advance([chains], 100, 1000, control)
+    assert chains.calls[0] == 16 and max(chains.calls) == chains.longest
+    assert set(seen) < set(np.cumsum(chains.calls) - 100)
+    assert seen[:2] == [50, 110]
+    assert sum(chains.calls) == 1100
+
+
+def test_long_positions_are_returned_few_at_a_time():
+    found = [_driver.longest_chunk(size) for size in (1, 10_000, 100_000, 10_000_000)]
+    assert found[0] == _driver.LONGEST and found == sorted(found, reverse=True)
+    assert found[2] * 100_000 <= _driver.VALUES_PER_CHUNK and found[3] == 8
 
 
 # --- by hand
@@ -219,7 +239,7 @@ def test_a_real_interrupt_signal():
 
         def signalled(run, stage, size):
             chunk(run, stage, size)
-            if run.counters["sampling"] == 100:
+            if run.counters["sampling"] >= 100:
                 os.kill(os.getpid(), signal.SIGINT)
 
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent may have switched it off
@@ -235,7 +255,9 @@ def test_a_real_interrupt_signal():
         [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=300,
         env={**os.environ, "PYTHONPATH": source, "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
-    assert ended.stdout.split() == ["interrupt", "100", "(30,)"], ended.stderr
+    ended_by, num_draws, shape = ended.stdout.split() or ["", "0", ""]
+    assert (ended_by, shape) == ("interrupt", "(30,)"), ended.stderr
+    assert 100 <= int(num_draws) < 500
 
 
 # --- raise_on_failure

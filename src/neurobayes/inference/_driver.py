@@ -18,8 +18,18 @@ from .._threads import side_by_side
 from ..errors import ConvergenceWarning, TrainingError
 from .base import RunControl
 
-CHUNK = 50
-"""Iterations per compiled call: often enough for progress and interruption, rarely enough to cost nothing."""
+LONGEST = 256
+VALUES_PER_CHUNK = 2**22
+"""Most iterations of a compiled call, and most numbers in the positions of a chain that it returns."""
+
+CHUNK = LONGEST
+FIRST_CHUNK = 16
+SECONDS_PER_CHUNK = 0.2
+"""Iterations per call: as many as take about this long, from a few to begin with. Often enough for progress and
+interruption, rarely enough to cost nothing, whatever an iteration takes."""
+
+BETWEEN_CHECKS = 50
+"""Draws after which quality is judged first, and least number between two judgements."""
 
 SECONDS_BETWEEN_CHECKPOINTS = 1.0
 """Least time between two saves; in a long run it is ``SHARE_BETWEEN_CHECKPOINTS`` of the time so far."""
@@ -28,13 +38,17 @@ SHARE_BETWEEN_CHECKPOINTS = 0.01
 
 
 class Group(Protocol):
-    """Chains that advance together in one compiled program; where it ``waits`` no other group runs meanwhile."""
+    """Chains that advance together in one compiled program; where it ``waits`` no other group runs meanwhile.
+
+    ``longest`` is the number of iterations that a call can make.
+    """
 
     state: Any
     waits: bool
+    longest: int
 
     def dispatch(self, num_steps: int, sampling: bool) -> Any:
-        """Start ``num_steps <= CHUNK`` iterations and return at once: (state, positions, reports), padded to CHUNK."""
+        """Start ``num_steps <= longest`` iterations and return at once: (state, positions, reports), padded."""
         ...
 
     def is_healthy(self, state: Any) -> bool:
@@ -46,19 +60,29 @@ class Group(Protocol):
 class Chains:
     """A ``Group``: what advances it, its state, and the part of the state that is finite while it is healthy.
 
-    ``advance(state, num_steps, sampling)`` is a compiled program.
+    ``advance(state, num_steps, sampling)`` is a compiled program, and ``size`` the length of a position.
     """
 
     advance: Callable[[Any, np.int32, bool], Any]
     state: Any
     density: Callable[[Any], Any]
+    size: int
     waits: bool = False
+
+    @property
+    def longest(self) -> int:
+        return longest_chunk(self.size)
 
     def dispatch(self, num_steps: int, sampling: bool) -> Any:
         return self.advance(self.state, np.int32(num_steps), sampling)
 
     def is_healthy(self, state: Any) -> bool:
         return bool(np.all(np.isfinite(np.asarray(self.density(state)))))
+
+
+def longest_chunk(size: int) -> int:
+    """Iterations that a compiled call can make of positions of this length."""
+    return int(np.clip(VALUES_PER_CHUNK // max(1, size), 8, LONGEST))
 
 
 def chains_by_program(num_chains: int) -> list[np.ndarray]:
@@ -126,11 +150,12 @@ class _Run:
         self.groups, self.control = groups, control
         self.totals = {"warm-up": num_warmup, "sampling": num_samples}
         # Kept with a checkpoint, so that a resumed run stops where an uninterrupted one does.
-        self.counters = {"warm-up": 0, "sampling": 0, "next check": CHUNK, "milliseconds": 0}
+        self.counters = {"warm-up": 0, "sampling": 0, "next check": min(CHUNK, BETWEEN_CHECKS), "milliseconds": 0}
         self.kept: list[dict[str, np.ndarray]] = []
         self.unsaved: list[dict[str, np.ndarray]] = []
         self.started = self.saved = time.perf_counter()
         self.unsaved_work = False
+        self.size = FIRST_CHUNK
 
     def restore(self) -> None:
         """Go on from the checkpoint, if there is one."""
@@ -153,7 +178,7 @@ class _Run:
         for stage, total in self.totals.items():
             reason = self._stopping_reason() if stage == "sampling" else None
             while reason is None and self.counters[stage] < total:
-                self._chunk(stage, min(CHUNK, total - self.counters[stage]))
+                self._chunk(stage, min(self._next_size(stage), total - self.counters[stage]))
                 self._save(force=False)
                 if self.control.on_progress is not None:
                     self.control.on_progress(stage, self.counters[stage], total)
@@ -162,9 +187,18 @@ class _Run:
         self._save(force=True)
         return reason or "num_samples"
 
+    def _next_size(self, stage: str) -> int:
+        """Iterations of the next call; none passes a judgement, whose time must not depend on the machine's speed."""
+        size = min(self.size, CHUNK, *(group.longest for group in self.groups))
+        if stage == "sampling" and self.control.is_enough is not None:
+            size = min(size, max(1, self.counters["next check"] - self.counters[stage]))
+        return size
+
     def _chunk(self, stage: str, size: int) -> None:
-        sampling = stage == "sampling"
+        sampling, started = stage == "sampling", time.perf_counter()
         pending = self._advanced(size, sampling)
+        wanted = size * SECONDS_PER_CHUNK / max(time.perf_counter() - started, 1e-6)
+        self.size = int(np.clip(wanted, max(1, size // 4), 4 * size))
         if sampling:
             parts = [{"position": np.asarray(x)[:, :size], **_cut(reports, size)} for _, x, reports in pending]
             chunk = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -212,7 +246,7 @@ class _Run:
         if self.control.is_enough is not None and done >= self.counters["next check"]:
             if self.control.is_enough(self._joined("position")):
                 return "until"
-            self.counters["next check"] = int(done * 1.2) + CHUNK
+            self.counters["next check"] = int(done * 1.2) + min(CHUNK, BETWEEN_CHECKS)
         return None
 
     def _check_health(self, stage: str) -> None:

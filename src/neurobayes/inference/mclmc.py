@@ -26,7 +26,7 @@ from ..errors import OptionError, TrainingError
 from ..log_density import LogDensity
 from ..posterior import Posterior
 from . import _blackjax
-from ._driver import CHUNK, Chains, advance, chains_by_program, map_chains
+from ._driver import Chains, advance, chains_by_program, longest_chunk, map_chains
 from ._microcanonical import (
     MAX_ATTEMPTS,
     MIN_TUNING_STEPS,
@@ -116,7 +116,7 @@ class MCLMC(Engine):
         )  # fmt: skip
         step = functools.partial(_advance, kernel, terms)
         states = self._states(kernel, key_chains, start, mass, terms, num_chains, control)
-        groups = [Chains(step, state, lambda state: state.inner.logdensity) for state in states]
+        groups = [Chains(step, state, lambda state: state.inner.logdensity, len(start)) for state in states]
         outcome = advance(groups, num_warmup if control.warm_start else 0, num_samples, control)
         last = jax.tree.map(lambda *parts: np.concatenate(parts), *(group.state._replace(key=()) for group in groups))
         adaptation = {
@@ -193,12 +193,13 @@ def _require_tuned(tuned: np.ndarray, kernel: Kernel) -> None:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run_chunk(kernel: Kernel, states: ChainState, terms, num_steps):
-    """``num_steps <= CHUNK`` stored draws of each chain: (states, positions, reports), padded to CHUNK."""
+    """``num_steps <= longest_chunk`` stored draws of each chain: (states, positions, reports), padded to it."""
 
     def one(state):
         size = state.inner.position.shape[-1]
+        longest = longest_chunk(size)
         _, report = jax.eval_shape(lambda state, terms: _draw(kernel, state, terms), state, terms)
-        reports = jax.tree.map(lambda a: jnp.zeros((CHUNK, *a.shape), a.dtype), report)
+        reports = jax.tree.map(lambda a: jnp.zeros((longest, *a.shape), a.dtype), report)
 
         def body(i, carry):
             state, positions, reports = carry
@@ -206,7 +207,7 @@ def _run_chunk(kernel: Kernel, states: ChainState, terms, num_steps):
             reports = jax.tree.map(lambda all_, one: all_.at[i].set(one), reports, new)
             return state, positions.at[i].set(state.inner.position * state.scale), reports
 
-        return jax.lax.fori_loop(0, num_steps, body, (state, jnp.zeros((CHUNK, size)), reports))
+        return jax.lax.fori_loop(0, num_steps, body, (state, jnp.zeros((longest, size)), reports))
 
     return map_chains(one, states)
 

@@ -19,7 +19,7 @@ from .._typing import Key
 from ..errors import OptionError
 from ..log_density import Form, LogDensity
 from ..posterior import Posterior
-from ._driver import CHUNK, Chains, advance, chains_by_program, from_all_processes, map_chains
+from ._driver import Chains, advance, chains_by_program, from_all_processes, longest_chunk, map_chains
 from .base import Engine, RunControl
 from .collapse import CollapsedForm, Completion, require_collapsed
 from .curvature import inverse_mass
@@ -155,7 +155,8 @@ class NUTS(Engine):
             )
             state, moved = (state, terms) if device is None else jax.device_put((state, terms), device)
             step = functools.partial(_advance, kernel, moved)
-            groups.append(Chains(step, state, lambda state: state.potential_energy, self.chain_method == "sequential"))
+            size, waits = state.z.shape[-1], self.chain_method == "sequential"
+            groups.append(Chains(step, state, lambda state: state.potential_energy, size, waits))
         return groups
 
 
@@ -252,7 +253,7 @@ def _start_chains(kernel: Kernel, key, indices, jitter, positions, masses, step_
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run_chunk(kernel: Kernel, states, terms, num_steps):
-    """``num_steps <= CHUNK`` iterations of each chain: (states, positions, reports), padded to CHUNK."""
+    """``num_steps <= longest_chunk`` iterations of each chain: (states, positions, reports), padded to it."""
     _, sample = _numpyro_kernel(kernel)
     # Sets up what NumPyro keeps in the closure of its kernel, should this trace come first in a process.
     one_state = jax.tree.map(lambda leaf: leaf[0], states)
@@ -263,8 +264,9 @@ def _run_chunk(kernel: Kernel, states, terms, num_steps):
     )  # fmt: skip
 
     def one(state):
-        blank = jnp.zeros((CHUNK, state.z.shape[-1]), state.z.dtype)
-        reports = {name: jnp.zeros(CHUNK, getattr(state, name).dtype) for name in _STATS}
+        longest = longest_chunk(state.z.shape[-1])
+        blank = jnp.zeros((longest, state.z.shape[-1]), state.z.dtype)
+        reports = {name: jnp.zeros(longest, getattr(state, name).dtype) for name in _STATS}
 
         def body(i, carry):
             state, positions, reports = carry

@@ -31,7 +31,7 @@ from ..log_density import Form, LogDensity
 from ..posterior import Posterior
 from . import _blackjax
 from ._batches import Batches, Data, make_batches
-from ._driver import CHUNK, Chains, advance, chains_by_program, map_chains
+from ._driver import Chains, advance, chains_by_program, longest_chunk, map_chains
 from .base import Engine, RunControl
 from .curvature import NUM_PROBES, inverse_mass, simulated_scores
 
@@ -119,7 +119,7 @@ class SGMCMC(Engine):
         for part in chains_by_program(num_chains):
             indices, step_size = part.astype(np.int32), np.float32(step_size)
             state = _start_chains(kernel, key_chains, indices, positions[part], jitter, scale, step_size, terms)
-            groups.append(Chains(step, state, lambda state: np.where(state.finite, 0.0, np.nan)))
+            groups.append(Chains(step, state, lambda state: np.where(state.finite, 0.0, np.nan), len(start)))
         outcome = advance(groups, num_warmup, num_samples, control)
         scale = np.concatenate([np.asarray(group.state.scale) for group in groups])
         scaled = np.concatenate([np.asarray(group.state.scaled) for group in groups])
@@ -226,13 +226,14 @@ def _start_chains(kernel: Kernel, key, indices, positions, jitter, scale, step_s
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run_chunk(kernel: Kernel, states: ChainState, data: Data, num_steps, sampling):
-    """``num_steps <= CHUNK`` stored draws of each chain: (states, positions, reports), padded to CHUNK."""
+    """``num_steps <= longest_chunk`` stored draws of each chain: (states, positions, reports), padded to it."""
 
     def one(state):
-        blank = jnp.zeros((CHUNK, state.scaled.shape[-1]), state.scaled.dtype)
+        longest = longest_chunk(state.scaled.shape[-1])
+        blank = jnp.zeros((longest, state.scaled.shape[-1]), state.scaled.dtype)
         reports = {
-            "diverging": jnp.zeros(CHUNK, bool), "num_steps": jnp.zeros(CHUNK, jnp.int32),
-            "step_size": jnp.zeros(CHUNK),
+            "diverging": jnp.zeros(longest, bool), "num_steps": jnp.zeros(longest, jnp.int32),
+            "step_size": jnp.zeros(longest),
         }  # fmt: skip
 
         def body(i, carry):
