@@ -51,11 +51,6 @@ NUM_LOOKS = 25
 PATIENCE = 0.5
 """Training ends once the best look lies this share of the run so far back, and no less than a tenth of the whole."""
 
-HOPELESS = {0.05: 0.3, 0.1: 0.2, 0.2: 0.1, 0.4: 0.04}
-"""A prior scale is given up once its log loss is this much above the best (nats per row; half the log ratio for squared
-errors), by the share of the epochs done; more by one over the root of the number of rows. On data of all sizes here,
-scales that were behind by more never caught up."""
-
 NEGLIGIBLE = 5.0
 """A prior scale takes no part if its weight would be less than the exponential of minus this."""
 
@@ -213,7 +208,7 @@ def _train_together(runs: "list[_Run]", stops: bool, on_progress) -> np.ndarray:
         leader = min((run.best for run in runs), key=lambda look: look.loss)
         if on_progress is not None:
             on_progress(last, num_epochs, leader.loss)
-        hopeless = _hopeless(last / num_epochs, int(shared.real.sum()))
+        hopeless = regularisation.hopeless(last / num_epochs, int(shared.real.sum()))
         alive = [
             run for run in alive
             if last - run.best.epoch <= max(PATIENCE * last, num_epochs / 10)
@@ -222,13 +217,6 @@ def _train_together(runs: "list[_Run]", stops: bool, on_progress) -> np.ndarray:
         if not alive:
             break
     return ends[1:]
-
-
-def _hopeless(share: float, num_rows: int) -> float:
-    """How far behind a prior scale may be after a share of the epochs."""
-    if share < min(HOPELESS):
-        return np.inf
-    return float(np.interp(share, list(HOPELESS), list(HOPELESS.values()))) + num_rows**-0.5
 
 
 class _Look(NamedTuple):

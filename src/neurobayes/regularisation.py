@@ -30,6 +30,11 @@ SIGMA_GRID = (0.1, 0.3, 1.0, 3.0)
 TIE = 0.01
 """Relative increase of the excess loss (of the squared error, for regression) that is not worth more epochs."""
 
+HOPELESS = {0.05: 0.3, 0.1: 0.2, 0.2: 0.1, 0.4: 0.04}
+"""A prior scale is given up once its log loss is this much above the best (nats per row; half the log ratio for squared
+errors), by the share of the epochs done; more by one over the root of the number of rows. On data of all sizes here,
+scales that were behind by more never caught up."""
+
 MAX_FOLDS = 5
 FOLD_ROWS = 2000
 """Rows times trained folds of a search: small data sets are cross-fitted, large ones leave out one part."""
@@ -81,14 +86,14 @@ def choose(
     # The same initialisation for every sigma of a fold: differences are then due to sigma.
     start, state = start_members(program, list(jax.random.split(key, len(weights))), rows.x)
 
-    def follow(sigma: float) -> np.ndarray:
-        settings = Settings(weights, np.float32(1.0 / sigma**2), np.asarray(noise_std, np.float32))
-        return _follow(program, start, state, rows, settings, learning_rates)
-
-    curves = side_by_side(follow, ((sigma,) for sigma in sigmas))
-    per_sigma = np.full((len(sigmas), max(map(len, curves))), np.inf)
-    for losses, curve in zip(per_sigma, curves, strict=True):
-        losses[: len(curve)] = curve
+    rates = pad_steps(program, learning_rates, len(np.asarray(rows.real)))
+    noise = np.asarray(noise_std, np.float32)
+    runs = [_Run(program, start, state, rows, Settings(weights, np.float32(1.0 / s**2), noise)) for s in sigmas]
+    perfect = perfect_loss(program, noise_std) if type(program.likelihood) is Gaussian else None
+    _follow(runs, rates, perfect, num_rows)
+    per_sigma = np.full((len(sigmas), max(len(run.curve) for run in runs)), np.inf)
+    for losses, run in zip(per_sigma, runs, strict=True):
+        losses[: len(run.curve)] = run.curve
     best_sigma = int(np.argmin(per_sigma.min(axis=1)))
     best_epoch = earliest_good_epoch(per_sigma[best_sigma], perfect_loss(program, noise_std))
     _check_search(per_sigma, best_epoch)
@@ -152,20 +157,60 @@ def _unseen_rmse(program: Program, loss: float, noise_std: np.ndarray) -> np.nda
     return noise_std * np.sqrt(max(2.0 * excess / len(noise_std), 1e-12))
 
 
-def _follow(program, progress, state, rows, settings, learning_rates) -> np.ndarray:
-    """Left-out loss by epoch, averaged over the folds; ends once it has risen well past its minimum."""
-    curve, no_average = np.zeros(0), np.zeros(EPOCHS_PER_CALL, np.float32)
-    learning_rates = pad_steps(program, learning_rates, len(rows.real))
-    for first in range(0, len(learning_rates), EPOCHS_PER_CALL):
-        chunk = learning_rates[first : first + EPOCHS_PER_CALL]
-        progress, _, watched = run_members(
-            program, progress, state, rows, settings, pad_chunk(chunk), no_average, np.int32(len(chunk))
-        )
-        mean = np.asarray(watched, float)[:, : len(chunk)].mean(axis=0)
-        curve = np.concatenate([curve, np.where(np.isfinite(mean), mean, np.inf)])
-        if len(curve) > EPOCHS_PER_CALL and np.argmin(curve) < len(curve) // 2:
+class _Run:
+    """The folds of one prior scale, and their left-out loss by epoch, averaged over them."""
+
+    def __init__(self, program: Program, progress: Any, state: Any, rows: Rows, settings: Settings):
+        self.program, self.progress, self.state, self.rows, self.settings = program, progress, state, rows, settings
+        self.curve = np.zeros(0)
+
+    def advance(self, rates: np.ndarray) -> None:
+        """At most ``EPOCHS_PER_CALL`` more epochs."""
+        no_average = np.zeros(EPOCHS_PER_CALL, np.float32)
+        self.progress, _, watched = run_members(
+            self.program, self.progress, self.state, self.rows, self.settings, pad_chunk(rates), no_average,
+            np.int32(len(rates)),
+        )  # fmt: skip
+        mean = np.asarray(watched, float)[:, : len(rates)].mean(axis=0)
+        self.curve = np.concatenate([self.curve, np.where(np.isfinite(mean), mean, np.inf)])
+
+    @property
+    def is_past_its_best(self) -> bool:
+        """Whether the loss has risen well past its minimum."""
+        return len(self.curve) > EPOCHS_PER_CALL and bool(np.argmin(self.curve) < len(self.curve) // 2)
+
+
+def _follow(runs: list[_Run], rates: np.ndarray, perfect: float | None, num_rows: int) -> None:
+    """Train all scales side by side, until each has ended, is past its best, or is hopeless."""
+    alive = runs
+    for first in range(0, len(rates), EPOCHS_PER_CALL):
+        chunk = rates[first : first + EPOCHS_PER_CALL]
+        side_by_side(lambda run, chunk=chunk: run.advance(chunk), ((run,) for run in alive), compiled=first > 0)
+        least = min(run.curve.min() for run in runs)
+        allowed = hopeless((first + len(chunk)) / len(rates), num_rows)
+        alive = [
+            run for run in alive
+            if not run.is_past_its_best and not _gap(run.curve.min(), least, perfect) > allowed
+        ]  # fmt: skip
+        if not alive:
             break
-    return curve
+
+
+def _gap(loss: float, best: float, perfect: float | None) -> float:
+    """How much worse left-out rows are predicted, in nats per row.
+
+    With squared errors, whose loss is ``perfect`` where there are none, as if the noise were as large as they are.
+    """
+    if not np.isfinite(loss):
+        return np.inf
+    return float(loss - best) if perfect is None else 0.5 * float(np.log((loss - perfect) / max(best - perfect, 1e-12)))
+
+
+def hopeless(share: float, num_rows: int) -> float:
+    """How far behind a prior scale may be after a share of the epochs."""
+    if share < min(HOPELESS):
+        return np.inf
+    return float(np.interp(share, list(HOPELESS), list(HOPELESS.values()))) + num_rows**-0.5
 
 
 def start_members(program: Program, keys: Sequence[Key], x: Array, *, averages: bool = False) -> tuple[Any, Any]:
