@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from . import regularisation, schedules, training
+from ._threads import beside
 from ._typing import Key, Params, State
 from .likelihoods import Likelihood
 from .networks.base import Network
@@ -92,7 +93,14 @@ def pretrain(
     program, rates = plan_training(network, likelihood, num_rows, options)
     sigma, search = options.sigma, None
     if sigma == "auto" or options.epochs is None:
+        # Whatever the search finds, one program will do it: a core compiles it while the other compiles the search.
+        started = training.initialise(program, key, rows.x, None, averages=options.averaging is not None)
+        settings = training.Settings(
+            np.asarray(rows.real, np.float32), np.float32(1.0), np.asarray(noise_std, np.float32), np.int32(0)
+        )
+        compiled = beside(lambda: training.compile_ahead(program, *started, rows, settings))
         sigma, search = regularise(program, key_search, rows, noise_std, options, rates, seed)
+        compiled()
         if options.averaging is None:
             rates = rates[: search.num_epochs]
     collect = None

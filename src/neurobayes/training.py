@@ -390,6 +390,13 @@ def train(
     return result, state
 
 
+def compile_ahead(program: Program, progress: Progress, state: State, rows: Rows, settings: Settings) -> None:
+    """Have the program that ``train`` runs compiled, by a run of no epochs from ``progress``."""
+    steps = num_steps_per_epoch(program, len(rows.real))
+    none = np.zeros((0, steps), np.float32)
+    _run_epochs(program, progress, state, rows, None, settings, pad_chunk(none), pad_chunk(none[:, 0]), np.int32(0))
+
+
 def pad_chunk(values: np.ndarray) -> np.ndarray:
     """``values`` filled up with zeros to ``EPOCHS_PER_CALL`` entries."""
     out = np.zeros((EPOCHS_PER_CALL, *values.shape[1:]), np.float32)

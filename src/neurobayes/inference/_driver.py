@@ -38,14 +38,15 @@ SHARE_BETWEEN_CHECKPOINTS = 0.01
 
 
 class Group(Protocol):
-    """Chains that advance together in one compiled program; where it ``waits`` no other group runs meanwhile.
-
-    ``longest`` is the number of iterations that a call can make.
-    """
+    """Chains that advance together in one compiled program; where it ``waits`` no other group runs meanwhile."""
 
     state: Any
     waits: bool
-    longest: int
+
+    @property
+    def longest(self) -> int:
+        """Most iterations that one call can make."""
+        ...
 
     def dispatch(self, num_steps: int, sampling: bool) -> Any:
         """Start ``num_steps <= longest`` iterations and return at once: (state, positions, reports), padded."""
