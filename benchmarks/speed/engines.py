@@ -75,11 +75,8 @@ SIZES = {
 
 def engines(repeats: int) -> Result:
     """500 x 8 data, [64, 32, 16]: every engine on three sizes of Bayesian part, all in this one run."""
-    warnings.simplefilter("ignore", nb.errors.CalibrationWarning)  # one network on all rows, as in the predecessor
-    X, y = _common.friedman(500)
-    X, y = (X - X.mean(0)) / X.std(0), (y - y.mean()) / y.std()
+    X, y, weights = _trained()
     rows = np.linspace(0, len(X) - 1, 64).astype(int)
-    weights = nb.DeterministicNN(nb.FlaxMLP(HIDDEN, 1), input_shape=(8,)).train(X, y, epochs=200, progress_bar=False)
     checks: list[Check] = []
     details: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -94,10 +91,32 @@ def engines(repeats: int) -> Result:
             checks += _against(name, size, found, theirs)
             checks += _agreements(name, size, draws, theirs.pop("draws", None))
             print(_common.table([Result(name, checks, {})]), file=sys.stderr, flush=True)
-        checks += _cold_starts(old, min(repeats, 3), details)
-    checks += _more_rows(X, y)
-    checks += gradient_rates(X, y, weights, repeats, details)
     return Result("engines", checks, details, old.note)
+
+
+def cold_engines(repeats: int) -> Result:
+    """Process start to predictions, exact last layer, in turn with the predecessor's."""
+    X, y, weights = _trained()
+    details: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        old = _Predecessor(Path(folder), X, y, np.arange(64), dict(weights.get_params()))
+        return Result("cold_engines", _cold_starts(old, min(repeats, 3), details), details, old.note)
+
+
+def gradients(repeats: int) -> Result:
+    """Gradients per second against bare samplers, and compilations of a second fit with more rows."""
+    X, y, weights = _trained()
+    details: dict[str, Any] = {}
+    return Result("gradients", gradient_rates(X, y, weights, repeats, details) + _more_rows(X, y), details)
+
+
+def _trained():
+    """500 rows of 8 columns at unit scale, and a network trained on them."""
+    warnings.simplefilter("ignore", nb.errors.CalibrationWarning)  # one network on all rows, as in the predecessor
+    X, y = _common.friedman(500)
+    X, y = (X - X.mean(0)) / X.std(0), (y - y.mean()) / y.std()
+    network = nb.DeterministicNN(nb.FlaxMLP(HIDDEN, 1), input_shape=(8,))
+    return X, y, network.train(X, y, epochs=200, progress_bar=False)
 
 
 def _measure_all(size: Size, X, y, rows, weights, repeats: int):
@@ -268,4 +287,4 @@ def _more_rows(X, y) -> list[Check]:
     return checks
 
 
-CASES = {"engines": engines}
+CASES = {"engines": engines, "cold_engines": cold_engines, "gradients": gradients}
