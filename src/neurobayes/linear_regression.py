@@ -147,6 +147,10 @@ class OutputPosterior:
         variance_scale = np.square(self.prior_scale)
         explained = (self.weights * variance_scale) @ self.spectrum.shrinkage(self.noise_std, self.prior_scale)
         prior_var = (self.weights @ variance_scale) * np.sum(whitened**2, axis=1)
-        change = deviation.T @ deviation - np.diag(explained)
-        variance = prior_var + np.sum((inside @ change) * inside, axis=1)
+        if len(explained) <= len(deviation):
+            change = deviation.T @ deviation
+            change[np.diag_indices_from(change)] -= explained
+            variance = prior_var + np.sum((inside @ change) * inside, axis=1)
+        else:
+            variance = prior_var - inside**2 @ explained + np.sum((inside @ deviation.T) ** 2, axis=1)
         return np.asarray(offset, float) + inside @ mean, np.maximum(variance, 0.0)

@@ -118,13 +118,19 @@ def table(x: np.ndarray) -> np.ndarray:
     return x if usable else np.zeros((len(x), 0))
 
 
+def noise_bounds(shape: np.ndarray | float) -> tuple[float, float]:
+    """``NOISE_BOUNDS`` for the factor on ``shape``: where a few rows have most of the noise, it may be far smaller."""
+    low, high = NOISE_BOUNDS
+    return low - float(np.log(max(1.0, np.mean(shape)))), high
+
+
 def fit_variance(epistemic: np.ndarray, squared: np.ndarray, shape: np.ndarray | float = 1.0) -> tuple[float, float]:
     """``(a, b)`` of the variance ``a * epistemic + b * shape`` for which errors, taken as normal, are most likely.
 
     Parameters
     ----------
     epistemic, squared : (n,) variance between draws and backbones, and squared errors.
-    shape : (n,) noise of each row beside that of others, where it is known; about one.
+    shape : (n,) noise of each row beside that of others, where it is known.
     """
     mse = max(float(squared.mean()), 1e-30)
     epistemic, squared = epistemic / mse, squared / mse
@@ -138,8 +144,10 @@ def fit_variance(epistemic: np.ndarray, squared: np.ndarray, shape: np.ndarray |
         pull = logs[0] / FACTOR_SPREAD**2 / len(squared)
         return value, np.array([a * np.mean(slope * epistemic) + pull, b * np.mean(slope * shape)])
 
-    bounds = [(-8.0, 8.0), NOISE_BOUNDS]
-    starts = [np.log([1.0, share]) for share in (1.0, 0.3, 0.03)]  # the likelihood may have two modes
+    low, high = noise_bounds(shape)
+    bounds = [(-8.0, 8.0), (low, high)]
+    shares = (1.0, 0.3, 0.03)  # the likelihood may have two modes
+    starts = [np.log([1.0, share * scale]) for share in shares for scale in {1.0, np.exp(low - NOISE_BOUNDS[0])}]
     runs = [scipy.optimize.minimize(negative, s, jac=True, method="L-BFGS-B", bounds=bounds) for s in starts]
     a, b = np.exp(min(runs, key=lambda run: run.fun).x)
     return float(a), float(b * mse)
@@ -181,8 +189,9 @@ def fit_noise(
         pull = precision * coefficients / num_rows
         return value, np.append(np.mean(slope), features.T @ slope / num_rows + pull)
 
-    bounds = [NOISE_BOUNDS, *[(-LARGEST_CHANGE, LARGEST_CHANGE)] * size]
-    first = np.append(np.clip(np.log(start / mse), *NOISE_BOUNDS), np.zeros(size))
+    of_noise = noise_bounds(shape)
+    bounds = [of_noise, *[(-LARGEST_CHANGE, LARGEST_CHANGE)] * size]
+    first = np.append(np.clip(np.log(start / mse), *of_noise), np.zeros(size))
     found = scipy.optimize.minimize(negative, first, jac=True, method="L-BFGS-B", bounds=bounds).x
     return float(np.exp(found[0]) * mse), found[1:]
 

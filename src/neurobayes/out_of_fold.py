@@ -72,8 +72,8 @@ class OutOfFold:
     rmse : (outputs,) error expected of the first part on new rows, working units; None for classes.
     log_score : mean log density (log probability) of the left-out rows after calibration, nats per row.
     coverage : (outputs,) share of left-out rows inside their 95 % interval; None for classes.
-    tail : (outputs, 2) degrees of freedom and scale of the Student's t that errors over predicted standard deviations
-        follow; None for classes.
+    tail : (outputs, 2) degrees of freedom and scale of the Student's t that errors follow, over predicted standard
+        deviations without the allowance for few rows (``scale_uncertainty``); None for classes.
     noise_variation : how the noise depends on the input; None for constant noise, noise of the network, and classes.
     noise_head : how the noise follows that of the network; None where the network gives none.
     """

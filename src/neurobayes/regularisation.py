@@ -203,7 +203,11 @@ def _gap(loss: float, best: float, perfect: float | None) -> float:
     """
     if not np.isfinite(loss):
         return np.inf
-    return float(loss - best) if perfect is None else 0.5 * float(np.log((loss - perfect) / max(best - perfect, 1e-12)))
+    if perfect is None:
+        return float(loss - best)
+    # Losses are rounded: below this all predictions are as good as perfect.
+    excess, least = (max(value - perfect, 1e-5) for value in (loss, best))
+    return 0.5 * float(np.log(excess / least))
 
 
 def hopeless(share: float, num_rows: int) -> float:

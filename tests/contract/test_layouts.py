@@ -11,7 +11,6 @@ import pytest
 
 import neurobayes as nb
 from neurobayes.errors import OptionError
-from neurobayes.inference import _driver
 
 pytestmark = pytest.mark.filterwarnings("ignore::neurobayes.errors.ConvergenceWarning")
 
@@ -56,9 +55,9 @@ def test_in_one_process(regression, four, num_chains, method):
     np.testing.assert_array_equal(fit(regression, num_chains, method), four[:num_chains])
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 29])
-def test_in_any_chunking(regression, four, monkeypatch, chunk):
-    monkeypatch.setattr(_driver, "CHUNK", chunk)
+@pytest.mark.parametrize("chunk", [1, 7, 29, 256])
+def test_in_any_chunking(regression, four, chunks_of, chunk):
+    chunks_of(chunk)
     np.testing.assert_array_equal(fit(regression, 4), four)
 
 

@@ -209,6 +209,17 @@ class TestNoiseOfTheNetwork:
             np.testing.assert_allclose(found.noise_head.lower[0], own.min(axis=0))
             assert found.noise_variation is None
 
+    @pytest.mark.parametrize("low_std", [0.02, 1e-3, 1e-4])
+    def test_the_factor_is_found_where_few_rows_have_all_the_noise(self, low_std):
+        (mean, variance, unseen, parts, y, _, noise), own = self.case(1.0)
+        own = np.where(np.arange(len(own))[:, None] % 10 == 0, 1.0, low_std**2) * np.ones_like(own)
+        y = np.sqrt(own) * np.random.default_rng(1).normal(size=own.shape)
+        variance = np.full_like(variance, 1e-12)
+        found = out_of_fold.calibrate_variance(
+            mean, variance, unseen, parts, y, None, np.broadcast_to(own, noise.shape)
+        )
+        np.testing.assert_allclose(found.noise_head.factor, 1.0, rtol=4 * np.sqrt(2 / len(own)))
+
     def test_beyond_the_training_rows_the_noise_is_held(self):
         head = noise_model.HeadNoise(np.array([[2.0]]), np.array([[0.1]]), np.array([[3.0]]))
         given = np.array([[[1e-9], [0.5], [1e12]]])

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import neurobayes as nb
-from neurobayes import data, regularisation, schedules
+from neurobayes import data, regularisation, schedules, training
 from neurobayes.errors import ConvergenceWarning
 from neurobayes.likelihoods import Categorical, Gaussian
 from neurobayes.networks import as_network
@@ -169,3 +169,56 @@ def test_a_run_that_diverges_is_not_chosen():
     assert not np.isfinite(search.losses).all()
     assert np.isfinite(search.losses[search.sigmas.index(search.sigma)].min())
     assert np.isfinite(search.unseen_rmse).all()
+
+
+class Lagging:
+    """A scale's run in form only: its loss by epoch is given."""
+
+    def __init__(self, losses):
+        self.losses, self.curve = np.asarray(losses, float), np.zeros(0)
+
+    def advance(self, rates):
+        self.curve = self.losses[: len(self.curve) + len(rates)]
+
+    is_past_its_best = regularisation._Run.is_past_its_best
+
+
+class TestScalesThatFallBehind:
+    """Losses in nats per row of a Gaussian whose perfect loss is -1: excess 0.5 is a standardised error of one."""
+
+    def followed(self, *excesses, perfect=-1.0, num_rows=10_000):
+        falling = np.linspace(1.0, 0.9, 512)
+        runs = [Lagging(-1.0 + 0.5 * excess * falling) for excess in excesses]
+        regularisation._follow(runs, np.zeros((512, 1)), perfect, num_rows)
+        return [len(run.curve) for run in runs]
+
+    def test_the_hopeless_end_and_the_near_go_on(self):
+        assert self.followed(1.0, 1.05, 2.0) == [512, 512, 128]
+
+    def test_the_gap_is_that_of_errors_however_small_they_are(self):
+        assert self.followed(1e-3, 1.05e-3, 2e-3) == [512, 512, 128]
+
+    def test_other_losses_are_compared_as_they_are(self):
+        assert self.followed(1e-3, 2e-3, perfect=None) == [512, 512]
+        assert self.followed(1.0, 2.0, perfect=None) == [512, 128]
+
+    def test_few_rows_decide_less(self):
+        assert self.followed(1.0, 1.3) == [512, 128]
+        assert self.followed(1.0, 1.3, num_rows=20) == [512, 512]
+
+    def test_one_that_blows_up_ends_alone(self):
+        assert self.followed(np.inf, 1.0) == [128, 512]
+
+    def test_errors_below_rounding_are_all_the_same(self):
+        assert self.followed(1e-9, 1e-7) == [512, 512]
+
+
+def test_what_is_compiled_ahead_is_what_trains(caplog):
+    program = Program(as_network(nb.FlaxMLP([7], 1)), Gaussian(), batch_size=8)
+    rows, rates = rows_of(*regression("signal")), schedules.learning_rates(0.02, 12, 7)
+    settings = Settings(np.asarray(rows.real, np.float32), np.float32(1.0), UNIT_NOISE, np.int32(0))
+    started = training.initialise(program, jax.random.key(0), rows.x, None)
+    training.compile_ahead(program, *started, rows, settings)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        train(program, jax.random.key(1), rows, settings, learning_rates=rates)
+    assert [r.message for r in caplog.records if "Finished XLA compilation" in r.message] == []

@@ -87,8 +87,9 @@ def test_fit_says_when_it_recomputes(monkeypatch):
     rng = np.random.default_rng(0)
     X = rng.normal(size=(30, 2))
     model = nb.PartialBNN(nb.FlaxMLP([4], 1), num_backbones=1)
-    with pytest.warns(MemoryBudgetWarning, match="30 rows exceed the memory budget"):
+    with pytest.warns(MemoryBudgetWarning, match="30 rows exceed the memory budget") as caught:
         model.fit(X, X[:, 0], num_samples=150, sgd_epochs=5, map_sigma=1.0, seed=0)
+    assert [w.filename for w in caught if w.category is MemoryBudgetWarning] == [__file__]  # it points at the call
     kept = nb.PartialBNN(nb.FlaxMLP([4], 1), num_backbones=1)
     monkeypatch.setattr(row_blocks, "CARRY_BUDGET_BYTES", 2**30)
     kept.fit(X, X[:, 0], num_samples=150, sgd_epochs=5, map_sigma=1.0, seed=0)

@@ -199,7 +199,8 @@ class _Run:
         sampling, started = stage == "sampling", time.perf_counter()
         pending = self._advanced(size, sampling)
         wanted = size * SECONDS_PER_CHUNK / max(time.perf_counter() - started, 1e-6)
-        self.size = int(np.clip(wanted, max(1, size // 4), 4 * size))
+        # A first trajectory may be far shorter than those that follow, so sizes grow slowly.
+        self.size = int(np.clip(wanted, max(1, size // 4), max(self.size, 2 * size)))
         if sampling:
             parts = [{"position": np.asarray(x)[:, :size], **_cut(reports, size)} for _, x, reports in pending]
             chunk = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

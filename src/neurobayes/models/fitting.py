@@ -44,6 +44,9 @@ from .noise import check_engine, likelihood_of, noise_prior_of
 from .progress import Report
 from .sampling import Sampling, judge, on_host, sample, stopping_rule, with_draws
 
+MOST_SIDE_BY_SIDE = 2**22
+"""Most entries of a design matrix with which exact posteriors of several backbones are solved at once."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Member:
@@ -234,15 +237,14 @@ def run(plan: Plan, key: Key, options: PretrainingOptions, sampling: Sampling, r
     stage = deterministic_stage.train(plan, key_train, seed, options, report, checkpoint)
     trained = time.perf_counter()
     share = sampling.shared(len(stage.params), exact=plan.exact)
-
-    def sampled(number: int) -> Member:
-        return _sample_member(plan, stage, number, key_train, key_sample, share, report, checkpoint)
-
-    numbers = range(len(stage.params))
-    if plan.exact:  # linear algebra on one core; samplers keep all busy by themselves
-        members = tuple(side_by_side(sampled, ((k,) for k in numbers)))
-    else:
-        members = tuple(sampled(k) for k in numbers)
+    arguments = plan, stage, key_train, key_sample, share, report, checkpoint
+    first = _sample_member(0, *arguments)
+    others = [(number, *arguments) for number in range(1, len(stage.params))]
+    work = first.posterior.draws.shape[-1] * plan.prepared.num_rows
+    if first.posterior.info.get("engine") == "last_layer" and work <= MOST_SIDE_BY_SIDE:
+        members = (first, *side_by_side(_sample_member, others, compiled=True))
+    else:  # samplers keep all cores busy by themselves, and large designs the memory
+        members = (first, *(_sample_member(*each) for each in others))
     prepared = plan.prepared
     out_of_fold = None if stage.ensemble is None else _calibrate(plan, members, stage)
     seconds = {"training": trained - started, "sampling": time.perf_counter() - trained}
@@ -266,9 +268,9 @@ def run(plan: Plan, key: Key, options: PretrainingOptions, sampling: Sampling, r
 
 
 def _sample_member(
+    number: int,
     plan: Plan,
     stage: Stage,
-    number: int,
     key_train: Key,
     key_sample: Key,
     sampling: Sampling,
@@ -367,7 +369,7 @@ def _density(plan: Plan, partition: RandomPart, params: Params, stage: Stage, nu
             f"{row_blocks.CARRY_BUDGET_BYTES / 2**30:.1f} GiB, so the whole network runs for every gradient. Make "
             "layers nearer the output Bayesian, or give fewer rows.",
             MemoryBudgetWarning,
-            stacklevel=6,
+            stacklevel=5,
         )
     start = np.asarray(priors.split(partition, params))
     if density.form.num_noise:

@@ -1,0 +1,60 @@
+"""Work on several cores: results in order, errors where they are asked for, precision of the caller."""
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from neurobayes import _threads
+
+
+@pytest.fixture(params=[1, 2], ids=["one core", "two cores"])
+def cores(request, monkeypatch):
+    monkeypatch.setattr(_threads.os, "cpu_count", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("number", [0, 1, 2, 7])
+def test_results_come_in_order(cores, number, compiled):
+    found = _threads.side_by_side(lambda a, b: a - b, ((k, 1) for k in range(number)), compiled=compiled)
+    assert found == [k - 1 for k in range(number)]
+
+
+def test_the_first_runs_before_all_others(cores):
+    done = []
+
+    def note(k):
+        assert k == 0 or 0 in done
+        done.append(k)
+
+    _threads.side_by_side(note, ((k,) for k in range(5)))
+    assert sorted(done) == list(range(5))
+
+
+def test_an_error_is_that_of_the_call(cores):
+    with pytest.raises(ZeroDivisionError):
+        _threads.side_by_side(lambda k: 1 // (k - 2), ((k,) for k in range(5)))
+
+
+def test_beside_gives_its_result_or_error_when_asked(cores):
+    assert _threads.beside(lambda: 3)() == 3
+    failing = _threads.beside(lambda: 1 // 0)  # nothing is raised here
+    with pytest.raises(ZeroDivisionError):
+        failing()
+
+
+def test_beside_runs_at_once_where_a_core_is_free(monkeypatch):
+    monkeypatch.setattr(_threads.os, "cpu_count", lambda: 2)
+    started = threading.Event()
+    wanted = _threads.beside(started.set)
+    assert started.wait(60)
+    wanted()
+
+
+def test_other_threads_have_the_precision_of_the_caller(cores):
+    with jax.enable_x64(True):
+        assert _threads.beside(lambda: jnp.ones(1).dtype)() == "float64"
+        assert {str(d) for d in _threads.side_by_side(lambda k: jnp.ones(k).dtype, ((1,), (2,), (3,)))} == {"float64"}
+    assert _threads.beside(lambda: jnp.ones(1).dtype)() == "float32"
