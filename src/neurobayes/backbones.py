@@ -154,10 +154,10 @@ def train_backbones(
     shared = _Shared(program, rows, real, np.asarray(noise_std, np.float32), np.int32(options.burn_in * len(rates)),
                      rates, collect, num_backbones)  # fmt: skip
     stops = collect is None and (options.epochs is None or options.sigma == "auto")
-    keys = list(jax.random.split(key, num_backbones))
+    groups, state = _start(shared, list(jax.random.split(key, num_backbones)), weights)
     sigmas = SIGMA_GRID if options.sigma == "auto" else (options.sigma,)
     # The same initialisations for every sigma: differences are then due to sigma.
-    runs = [_Run(shared, precision(sigma), keys, weights) for sigma in sigmas]
+    runs = [_Run(shared, precision(sigma), groups, state, weights) for sigma in sigmas]
     ends = _train_together(runs, stops, on_progress)
     order = sorted(range(len(runs)), key=lambda i: runs[i].best.loss)
     best = runs[order[0]].best
@@ -190,6 +190,20 @@ def train_backbones(
         epochs=ends,
         unseen_rmse=None if rmse[0] is None else np.array(rmse),
     )
+
+
+def _start(shared: "_Shared", keys: list[Key], weights: np.ndarray) -> tuple[list[training.Progress], State]:
+    """Initialised groups, and the network's state; the program that trains them is compiled meanwhile."""
+    averages = shared.collect is not None
+    settings = training.Settings(weights[:GROUP], np.float32(1.0), shared.noise_std, shared.burn_in)
+    first, state = regularisation.start_members(
+        shared.program, keys[:GROUP], shared.rows, settings, averages=averages
+    )  # fmt: skip
+    groups = [first]
+    for begin in range(GROUP, len(keys), GROUP):
+        members = keys[begin : begin + GROUP]
+        groups.append(training.initialise_members(shared.program, members, shared.rows.x, averages=averages)[0])
+    return groups, state
 
 
 def _train_together(runs: "list[_Run]", stops: bool, on_progress) -> np.ndarray:
@@ -274,15 +288,12 @@ class _Shared:
 class _Run:
     """One training of some members with one prior scale, group by group."""
 
-    def __init__(self, shared: _Shared, prior_precision: np.float32, keys: list[Key], weights: np.ndarray):
-        self.shared, self.prior_precision, self.weights, self.keys = shared, prior_precision, weights, keys
-        self.groups: list[training.Progress] = []
-        self.state: State = None
-        for first in range(0, len(keys), GROUP):
-            group, self.state = regularisation.start_members(
-                shared.program, keys[first : first + GROUP], shared.rows.x, averages=shared.collect is not None
-            )
-            self.groups.append(group)
+    def __init__(
+        self, shared: _Shared, prior_precision: np.float32, starts: list[training.Progress], state: State,
+        weights: np.ndarray,
+    ):  # fmt: skip
+        self.shared, self.prior_precision, self.weights = shared, prior_precision, weights
+        self.starts, self.state, self.groups = starts, state, list(starts)
         self.histories: list[list[np.ndarray]] = [[] for _ in self.groups]
         self.losses: list[float] = []
         self.best = _Look(0, np.inf, None, list(self.groups))
@@ -310,7 +321,8 @@ class _Run:
 
     def repeated(self, burn_in: np.int32) -> "_Run":
         """The same run up to its best look, with statistics after ``burn_in`` epochs: a share of a length now known."""
-        again = _Run(dataclasses.replace(self.shared, burn_in=burn_in), self.prior_precision, self.keys, self.weights)
+        shared = dataclasses.replace(self.shared, burn_in=burn_in)
+        again = _Run(shared, self.prior_precision, self.starts, self.state, self.weights)
         tasks = ((number, 0, self.best.epoch) for number in range(len(again.groups)))
         side_by_side(again.advance, tasks, compiled=True)
         again.losses, again.best = self.losses, self.best._replace(groups=list(again.groups))

@@ -12,7 +12,8 @@ nearly constant, and so is noise of which a few rows tell little.
 import dataclasses
 
 import numpy as np
-import scipy.optimize
+
+from ._optimise import least
 
 FACTOR_SPREAD = 1.0
 """Prior standard deviation of the logarithm of the epistemic factor: a guard for a handful of rows."""
@@ -148,7 +149,7 @@ def fit_variance(epistemic: np.ndarray, squared: np.ndarray, shape: np.ndarray |
     bounds = [(-8.0, 8.0), (low, high)]
     shares = (1.0, 0.3, 0.03)  # the likelihood may have two modes
     starts = [np.log([1.0, share * scale]) for share in shares for scale in {1.0, np.exp(low - NOISE_BOUNDS[0])}]
-    runs = [scipy.optimize.minimize(negative, s, jac=True, method="L-BFGS-B", bounds=bounds) for s in starts]
+    runs = [least(negative, s, bounds) for s in starts]
     a, b = np.exp(min(runs, key=lambda run: run.fun).x)
     return float(a), float(b * mse)
 
@@ -192,7 +193,7 @@ def fit_noise(
     of_noise = noise_bounds(shape)
     bounds = [of_noise, *[(-LARGEST_CHANGE, LARGEST_CHANGE)] * size]
     first = np.append(np.clip(np.log(start / mse), *of_noise), np.zeros(size))
-    found = scipy.optimize.minimize(negative, first, jac=True, method="L-BFGS-B", bounds=bounds).x
+    found = least(negative, first, bounds).x
     return float(np.exp(found[0]) * mse), found[1:]
 
 

@@ -10,9 +10,9 @@ import dataclasses
 from typing import NamedTuple
 
 import numpy as np
-import scipy.optimize
 import scipy.special
 
+from ._optimise import least
 from .noise_model import (
     FIRST_PRECISION,
     HeadNoise,
@@ -308,7 +308,7 @@ def _fit_tail(scaled: np.ndarray) -> tuple[float, float]:
 
     bounds = [(np.log(0.1), np.log(10.0 * GAUSSIAN_DOF)), (-3.0, 3.0)]
     starts = [(np.log(dof), 0.0) for dof in (3.0, GAUSSIAN_DOF)]
-    runs = [scipy.optimize.minimize(negative, start, method="L-BFGS-B", bounds=bounds) for start in starts]
+    runs = [least(negative, start, bounds, gradient=False) for start in starts]
     best = min(runs, key=lambda run: run.fun).x
     return float(MIN_DOF + np.exp(best[0])), float(np.exp(best[1]))
 
@@ -332,6 +332,8 @@ def calibrate_temperature(probabilities: np.ndarray, unseen: np.ndarray, labels:
     unseen : (members, n).
     labels : (n,) integers.
     """
+    import scipy.optimize  # a tenth of a second, which most fits need not wait for
+
     left_out = ensemble_probabilities(probabilities, unseen)
 
     def loss(log_temperature: float) -> float:

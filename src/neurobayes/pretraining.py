@@ -1,6 +1,7 @@
 """The deterministic stage of a fit: choose the regularisation where asked, then train on all rows."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -93,14 +94,7 @@ def pretrain(
     program, rates = plan_training(network, likelihood, num_rows, options)
     sigma, search = options.sigma, None
     if sigma == "auto" or options.epochs is None:
-        # Whatever the search finds, one program will do it: a core compiles it while the other compiles the search.
-        started = training.initialise(program, key, rows.x, None, averages=options.averaging is not None)
-        settings = training.Settings(
-            np.asarray(rows.real, np.float32), np.float32(1.0), np.asarray(noise_std, np.float32), np.int32(0)
-        )
-        compiled = beside(lambda: training.compile_ahead(program, *started, rows, settings))
-        sigma, search = regularise(program, key_search, rows, noise_std, options, rates, seed)
-        compiled()
+        program, sigma, search = _search(program, key, key_search, rows, noise_std, options, rates, seed)
         if options.averaging is None:
             rates = rates[: search.num_epochs]
     collect = None
@@ -136,20 +130,25 @@ def plan_training(
     return program, schedules.learning_rates(options.learning_rate, num_epochs, steps)
 
 
-def regularise(
-    program: training.Program,
-    key: Key,
-    rows: training.Rows,
-    noise_std: np.ndarray,
-    options: PretrainingOptions,
-    rates: np.ndarray,
-    seed: int,
-) -> tuple[float, Regularisation]:
-    """The prior scale, from a grid with ``sigma="auto"``, and the length of training that unseen rows favour."""
-    sigma = options.sigma
+def _search(program, key, key_search, rows, noise_std, options, rates, seed):
+    """The program of the final run, the prior scale, and the length of training that unseen rows favour.
+
+    Whatever the search finds, one program will do it: that of the search where it can, else one that a core compiles
+    while the other compiles the search.
+    """
+    sigma, noise = options.sigma, np.asarray(noise_std, np.float32)
     sigmas = regularisation.SIGMA_GRID if isinstance(sigma, str) else (float(sigma) if sigma else np.inf,)
-    search = regularisation.choose(program, key, rows, noise_std, sigmas, rates, seed)
-    return search.sigma, search
+    averages = options.averaging is not None
+    if regularisation.one_by_one() and not (averages or options.track_statistics):
+        program, compiled = regularisation.search_program(program), None
+    else:
+        settings = training.Settings(np.asarray(rows.real, np.float32), np.float32(1.0), noise)
+        start = functools.partial(training.initialise, program, key, rows.x, None, averages=averages)
+        compiled = beside(lambda: training.compile_ahead(program, *start(), rows, settings))
+    search = regularisation.choose(program, key_search, rows, noise, sigmas, rates, seed)
+    if compiled is not None:
+        compiled()
+    return program, search.sigma, search
 
 
 def finite(sigma: float | str | None) -> float | None:

@@ -9,20 +9,34 @@ posterior over its last layer can undo that.
 """
 
 import dataclasses
-import functools
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ._threads import side_by_side
-from ._typing import Array, Key
+from ._compiling import quick_jit
+from ._threads import beside, side_by_side
+from ._typing import Key
 from .errors import ConvergenceWarning, TrainingError
 from .likelihoods import LOG_2PI, Categorical, Gaussian
-from .training import EPOCHS_PER_CALL, Program, Rows, Settings, initialise, pad_chunk, pad_steps, run_epochs
+from .training import (
+    EPOCHS_PER_CALL,
+    Program,
+    Progress,
+    Rows,
+    Settings,
+    blank,
+    compile_ahead,
+    initialise,
+    initialise_members,
+    num_steps_per_epoch,
+    pad_chunk,
+    pad_steps,
+    run_alone,
+    run_epochs,
+)
 
 SIGMA_GRID = (0.1, 0.3, 1.0, 3.0)
 """Prior standard deviations tried by ``map_sigma="auto"``, for noise of one standard deviation of the target."""
@@ -78,17 +92,25 @@ def choose(
     learning_rates : (epochs, steps per epoch), the schedule of the final run, which the search follows.
     seed : decides the folds.
     """
-    program = dataclasses.replace(program, monitor="unseen", early_stopping=False, track_statistics=False)
+    program = search_program(program)
     folds = assign_folds(np.asarray(rows.real), seed)
     num_rows = int(np.asarray(rows.real).sum())
     used = range(min(int(folds.max()) + 1, max(1, FOLD_ROWS // num_rows)))
     weights = np.stack([(folds != k) for k in used]).astype(np.float32) * np.asarray(rows.real)
     # The same initialisation for every sigma of a fold: differences are then due to sigma.
-    start, state = start_members(program, list(jax.random.split(key, len(weights))), rows.x)
+    noise = np.asarray(noise_std, np.float32)
+    if one_by_one():
+        starts, state = _start_one_by_one(program, key, len(weights), rows, Settings(weights[0], np.float32(1), noise))
+    else:
+        keys = list(jax.random.split(key, len(weights)))
+        start, state = start_members(program, keys, rows, Settings(weights, np.float32(1.0), noise))
+        starts, weights = [start], weights[None]
 
     rates = pad_steps(program, learning_rates, len(np.asarray(rows.real)))
-    noise = np.asarray(noise_std, np.float32)
-    runs = [_Run(program, start, state, rows, Settings(weights, np.float32(1.0 / s**2), noise)) for s in sigmas]
+    runs = [
+        _Run(program, starts, state, rows, [Settings(each, np.float32(1.0 / s**2), noise) for each in weights])
+        for s in sigmas
+    ]
     perfect = perfect_loss(program, noise_std) if type(program.likelihood) is Gaussian else None
     _follow(runs, rates, perfect, num_rows)
     per_sigma = np.full((len(sigmas), max(len(run.curve) for run in runs)), np.inf)
@@ -104,6 +126,19 @@ def choose(
         sigmas=sigmas,
         unseen_rmse=_unseen_rmse(program, per_sigma[best_sigma, best_epoch], noise_std),
     )
+
+
+def search_program(program: Program) -> Program:
+    """The program of a search; with ``one_by_one``, one that can do the final run as well."""
+    return dataclasses.replace(program, monitor="unseen", early_stopping=False, track_statistics=False)
+
+
+def one_by_one() -> bool:
+    """Whether the folds of a scale are trained one by one, on a CPU, and not in one vmapped program.
+
+    There they share the final run's program and keep all cores busy; an accelerator is faster with all at once.
+    """
+    return jax.default_backend() == "cpu"
 
 
 def earliest_good_epoch(curve: np.ndarray, perfect: float) -> int:
@@ -160,18 +195,24 @@ def _unseen_rmse(program: Program, loss: float, noise_std: np.ndarray) -> np.nda
 class _Run:
     """The folds of one prior scale, and their left-out loss by epoch, averaged over them."""
 
-    def __init__(self, program: Program, progress: Any, state: Any, rows: Rows, settings: Settings):
-        self.program, self.progress, self.state, self.rows, self.settings = program, progress, state, rows, settings
+    def __init__(self, program: Program, starts: Sequence[Any], state: Any, rows: Rows, settings: Sequence[Settings]):
+        self.program, self.progress, self.state, self.rows, self.settings = program, [*starts], state, rows, settings
+        self.watched: list[Any] = [None] * len(starts)
         self.curve = np.zeros(0)
 
-    def advance(self, rates: np.ndarray) -> None:
-        """At most ``EPOCHS_PER_CALL`` more epochs."""
-        no_average = np.zeros(EPOCHS_PER_CALL, np.float32)
-        self.progress, _, watched = run_members(
-            self.program, self.progress, self.state, self.rows, self.settings, pad_chunk(rates), no_average,
+    def advance(self, number: int, rates: np.ndarray) -> None:
+        """At most ``EPOCHS_PER_CALL`` more epochs of a fold, or of all folds where they are stacked."""
+        settings, no_average = self.settings[number], np.zeros(EPOCHS_PER_CALL, np.float32)
+        run = run_members if settings.row_weights.ndim == 2 else run_alone
+        self.progress[number], _, watched = run(
+            self.program, self.progress[number], self.state, self.rows, settings, pad_chunk(rates), no_average,
             np.int32(len(rates)),
         )  # fmt: skip
-        mean = np.asarray(watched, float)[:, : len(rates)].mean(axis=0)
+        self.watched[number] = np.atleast_2d(np.asarray(watched, float))[:, : len(rates)]
+
+    def record(self) -> None:
+        """Take the epochs that all folds have run into the curve."""
+        mean = np.concatenate(self.watched).mean(axis=0)
         self.curve = np.concatenate([self.curve, np.where(np.isfinite(mean), mean, np.inf)])
 
     @property
@@ -185,7 +226,10 @@ def _follow(runs: list[_Run], rates: np.ndarray, perfect: float | None, num_rows
     alive = runs
     for first in range(0, len(rates), EPOCHS_PER_CALL):
         chunk = rates[first : first + EPOCHS_PER_CALL]
-        side_by_side(lambda run, chunk=chunk: run.advance(chunk), ((run,) for run in alive), compiled=first > 0)
+        tasks = [(run, number) for run in alive for number in range(len(run.watched))]
+        side_by_side(lambda run, number, chunk=chunk: run.advance(number, chunk), tasks, compiled=True)
+        for run in alive:
+            run.record()
         least = min(run.curve.min() for run in runs)
         allowed = hopeless((first + len(chunk)) / len(rates), num_rows)
         alive = [
@@ -217,22 +261,31 @@ def hopeless(share: float, num_rows: int) -> float:
     return float(np.interp(share, list(HOPELESS), list(HOPELESS.values()))) + num_rows**-0.5
 
 
-def start_members(program: Program, keys: Sequence[Key], x: Array, *, averages: bool = False) -> tuple[Any, Any]:
+def start_members(
+    program: Program, keys: Sequence[Key], rows: Rows, settings: Settings, *, averages: bool = False
+) -> tuple[Progress, Any]:
     """Members that start from one initialisation per key, and the network's state.
 
-    The compiled initialisation of the final run serves all of them: compiling a
-    vmapped one takes longer than the search.
+    Meanwhile ``run_members`` is compiled for them, with ``settings`` of the kind that they will have.
     """
-    starts = [initialise(program, key, x, None, averages=averages) for key in keys]
-    return _stack([progress for progress, _ in starts]), starts[0][1]
+    started = beside(lambda: initialise_members(program, keys, rows.x, averages=averages))
+    progress, state = blank(program, keys, rows.x, averages=averages)
+    none = np.zeros((0, num_steps_per_epoch(program, len(rows.real))), np.float32)
+    run_members(program, progress, state, rows, settings, pad_chunk(none), pad_chunk(none[:, 0]), np.int32(0))
+    return started()
 
 
-@jax.jit
-def _stack(trees: list[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+def _start_one_by_one(
+    program: Program, key: Key, number: int, rows: Rows, settings: Settings
+) -> tuple[list[Progress], Any]:
+    """As ``start_members`` for ``number`` networks that are not stacked."""
+    compiled = beside(lambda: compile_ahead(program, *blank(program, [key], rows.x, stacked=False), rows, settings))
+    starts = [initialise(program, each, rows.x, None) for each in jax.random.split(key, number)]
+    compiled()
+    return [progress for progress, _ in starts], starts[0][1]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@quick_jit(static_argnums=0)
 def run_members(program: Program, progress, state, rows, settings, learning_rates, collect, num_epochs):
     """``run_epochs`` for members that differ in their row weights: (progress, training losses, monitored losses)."""
     axes = Settings(row_weights=0, prior_precision=None, noise_std=None, burn_in=None, patience=None, min_delta=None)

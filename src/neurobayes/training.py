@@ -10,8 +10,7 @@ members with different values can be trained together under ``vmap``.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -20,6 +19,7 @@ import numpy as np
 import optax
 
 from . import weight_statistics
+from ._compiling import quick_jit
 from ._typing import Array, Key, Params, State
 from .errors import TrainingError
 from .likelihoods import LOG_2PI, Likelihood
@@ -156,19 +156,50 @@ def initialise(
 
     ``params`` overrides the random initialisation; ``averages`` makes room for an average of the weights.
     """
-    # What only matters later is left out of the compiled program's identity, so that a search and a run share it.
-    shared = dataclasses.replace(program, batch_size=None, monitor=None, early_stopping=False)
-    progress, state = _initialise(shared, key, np.zeros((1, *x.shape[1:]), x.dtype), params)
+    progress, state = _initialise(_at_start(program), key, np.zeros((1, *x.shape[1:]), x.dtype), params)
+    return _with_room(program, progress, averages), state
+
+
+def initialise_members(
+    program: Program, keys: Sequence[Key], x: Array, *, averages: bool = False
+) -> tuple[Progress, State]:
+    """As ``initialise`` for one member with each key: the progress with a leading axis, and the network's state."""
+    starts = [initialise(program, key, x, None, averages=averages) for key in keys]
+    # Stacked on the host: a program of its own for it, or a vmapped initialisation, would take longer to compile.
+    host = [jax.tree.map(np.asarray, progress._replace(key=None)) for progress, _ in starts]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *host)
+    return stacked._replace(key=jnp.stack([progress.key for progress, _ in starts])), starts[0][1]
+
+
+def blank(
+    program: Program, keys: Sequence[Key], x: Array, *, averages: bool = False, stacked: bool = True
+) -> tuple[Progress, State]:
+    """Zeros in place of what ``initialise_members`` returns, or of ``initialise`` with the first key."""
+    one, state = _initialise.eval_shape(_at_start(program), keys[0], np.zeros((1, *x.shape[1:]), x.dtype), None)
+    members = (len(keys),) if stacked else ()
+    zeros = jax.tree.map(
+        lambda leaf: np.zeros((*members, *leaf.shape), leaf.dtype),
+        _with_room(program, one._replace(key=None), averages),
+    )
+    progress = zeros._replace(key=jnp.stack(keys) if stacked else keys[0])
+    return progress, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state)
+
+
+def _at_start(program: Program) -> Program:
+    """The program without what only matters later, so that a search and a run share what initialises them."""
+    return dataclasses.replace(program, batch_size=None, monitor=None, early_stopping=False)
+
+
+def _with_room(program: Program, progress: Progress, averages: bool) -> Progress:
     if program.early_stopping:
         progress = progress._replace(best_params=progress.params)
     if averages:
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), progress.params)
         progress = progress._replace(average=zeros)
-    return progress, state
+    return progress
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _initialise(program: Program, key: Key, x: Array, params: Params | None) -> tuple[Progress, State]:
+def _initialised(program: Program, key: Key, x: Array, params: Params | None) -> tuple[Progress, State]:
     key_init, key_run = jax.random.split(key)
     fresh, state = program.network.init(key_init, x)
     start: Any = fresh if params is None else params
@@ -180,6 +211,9 @@ def _initialise(program: Program, key: Key, x: Array, params: Params | None) -> 
         None, jnp.float32(jnp.inf), jnp.int32(0), None, jnp.zeros((), jnp.float32), statistics,
     )  # fmt: skip
     return progress, state
+
+
+_initialise = quick_jit(static_argnums=0)(_initialised)
 
 
 def _step(program, progress, state, rows, settings, num_rows, learning_rate):
@@ -242,17 +276,22 @@ def _monitored(program, params, state, rows, validation, settings):
         row_loss = -program.likelihood.log_prob(program.network.apply(params, state, x), y, settings.noise_std)
         return jnp.sum(weights * row_loss)
 
-    size = weights.shape[0]
-    if program.batch_size is None and size <= MONITOR_ROWS:
-        return total(watched.x, watched.y, weights) / jnp.maximum(weights.sum(), 1.0)
+    def measured():
+        size = weights.shape[0]
+        if program.batch_size is None and size <= MONITOR_ROWS:
+            return total(watched.x, watched.y, weights)
 
-    def block(first):
-        at = first + jnp.arange(MONITOR_ROWS)
-        inside = jnp.minimum(at, size - 1)
-        return total(watched.x[inside], watched.y[inside], weights[inside] * (at < size))
+        def block(first):
+            at = first + jnp.arange(MONITOR_ROWS)
+            inside = jnp.minimum(at, size - 1)
+            return total(watched.x[inside], watched.y[inside], weights[inside] * (at < size))
 
-    sums = jax.lax.map(block, jnp.arange(0, size, MONITOR_ROWS))  # activations of all rows need not fit in memory
-    return jnp.sum(sums) / jnp.maximum(weights.sum(), 1.0)
+        # Activations of all rows need not fit in memory.
+        return jnp.sum(jax.lax.map(block, jnp.arange(0, size, MONITOR_ROWS)))
+
+    count = weights.sum()
+    # The run after a search has the program of the search, and no unseen rows to spend time on.
+    return jax.lax.cond(count > 0, measured, lambda: jnp.zeros((), jnp.float32)) / jnp.maximum(count, 1.0)
 
 
 def run_epochs(program, progress, state, rows, validation, settings, learning_rates, collect, num_epochs):
@@ -317,7 +356,10 @@ def _keep_best(progress: Progress, params: Params, value: Array, min_delta: Arra
     )
 
 
-_run_epochs = functools.partial(jax.jit, static_argnums=0)(run_epochs)
+@quick_jit(static_argnums=0)
+def run_alone(program, progress, state, rows, settings, learning_rates, collect, num_epochs, validation=None):
+    """``run_epochs``, compiled."""
+    return run_epochs(program, progress, state, rows, validation, settings, learning_rates, collect, num_epochs)
 
 
 def num_steps_per_epoch(program: Program, num_rows: int) -> int:
@@ -361,13 +403,14 @@ def train(
     num_epochs = len(learning_rates)
     learning_rates = pad_steps(program, learning_rates, len(rows.real))
     collect = np.zeros(num_epochs, np.float32) if collect is None else collect
+    watched_rows = () if validation is None else (validation,)
     losses, watched, done = [], [], 0
     while done < num_epochs:
         chunk = slice(done, done + EPOCHS_PER_CALL)
         size = len(learning_rates[chunk])
-        progress, loss, value = _run_epochs(
-            program, progress, state, rows, validation, settings,
-            pad_chunk(learning_rates[chunk]), pad_chunk(collect[chunk]), np.int32(size),
+        progress, loss, value = run_alone(
+            program, progress, state, rows, settings,
+            pad_chunk(learning_rates[chunk]), pad_chunk(collect[chunk]), np.int32(size), *watched_rows,
         )  # fmt: skip
         ran = int(progress.epoch) - done
         if ran == 0:  # stopped exactly at the end of the chunk before
@@ -381,8 +424,8 @@ def train(
         if ran < size:
             break
     history = {"loss": np.concatenate(losses)}
-    if program.monitor is not None:
-        history[f"{program.monitor}_loss"] = np.concatenate(watched)
+    if validation is not None:
+        history["validation_loss"] = np.concatenate(watched)
     result = _result(program, progress, history, done)
     # The loss of an epoch is that of the weights before its steps, so the last steps are not in it.
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.params)):
@@ -392,9 +435,8 @@ def train(
 
 def compile_ahead(program: Program, progress: Progress, state: State, rows: Rows, settings: Settings) -> None:
     """Have the program that ``train`` runs compiled, by a run of no epochs from ``progress``."""
-    steps = num_steps_per_epoch(program, len(rows.real))
-    none = np.zeros((0, steps), np.float32)
-    _run_epochs(program, progress, state, rows, None, settings, pad_chunk(none), pad_chunk(none[:, 0]), np.int32(0))
+    none = np.zeros((0, num_steps_per_epoch(program, len(rows.real))), np.float32)
+    run_alone(program, progress, state, rows, settings, pad_chunk(none), pad_chunk(none[:, 0]), np.int32(0))
 
 
 def pad_chunk(values: np.ndarray) -> np.ndarray:

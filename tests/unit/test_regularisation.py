@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 
 import neurobayes as nb
-from neurobayes import data, regularisation, schedules, training
+from neurobayes import _threads, data, regularisation, schedules, training
 from neurobayes.errors import ConvergenceWarning
 from neurobayes.likelihoods import Categorical, Gaussian
 from neurobayes.networks import as_network
 from neurobayes.predictive import deterministic_outputs
+from neurobayes.pretraining import PretrainingOptions, pretrain
 from neurobayes.training import Program, Rows, Settings, train
 
 NUM_EPOCHS = 200
@@ -175,10 +176,13 @@ class Lagging:
     """A scale's run in form only: its loss by epoch is given."""
 
     def __init__(self, losses):
-        self.losses, self.curve = np.asarray(losses, float), np.zeros(0)
+        self.losses, self.curve, self.watched, self.ran = np.asarray(losses, float), np.zeros(0), [None, None], 0
 
-    def advance(self, rates):
-        self.curve = self.losses[: len(self.curve) + len(rates)]
+    def advance(self, number, rates):
+        self.ran += len(rates) * (number == 0)
+
+    def record(self):
+        self.curve = self.losses[: self.ran]
 
     is_past_its_best = regularisation._Run.is_past_its_best
 
@@ -211,6 +215,23 @@ class TestScalesThatFallBehind:
 
     def test_errors_below_rounding_are_all_the_same(self):
         assert self.followed(1e-9, 1e-7) == [512, 512]
+
+
+def test_one_by_one_and_stacked_folds_are_followed_alike(searches, monkeypatch):
+    monkeypatch.setattr(regularisation, "one_by_one", lambda: False)
+    stacked = choose(rows_of(*regression("signal")))
+    assert (stacked.sigma, stacked.num_epochs) == (searches["signal"].sigma, searches["signal"].num_epochs)
+    np.testing.assert_allclose(stacked.losses[:, :50], searches["signal"].losses[:, :50], rtol=1e-3)
+
+
+def test_the_run_after_a_search_has_its_program(caplog, monkeypatch):
+    monkeypatch.setattr(_threads.os, "cpu_count", lambda: 1)  # what other threads compile is not logged
+    rows = rows_of(*regression("signal"))
+    network = as_network(nb.FlaxMLP([6], 1))
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        pretrain(network, Gaussian(), jax.random.key(0), rows, UNIT_NOISE, PretrainingOptions(epochs=20), seed=0)
+    compiled = [r.message for r in caplog.records if "Finished XLA compilation" in r.message and "run_" in r.message]
+    assert len(compiled) == 1, compiled
 
 
 def test_what_is_compiled_ahead_is_what_trains(caplog):

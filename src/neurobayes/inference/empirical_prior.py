@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
-import scipy.optimize
 
+from .._optimise import least
 from .._typing import Array, Key
 from ..log_density import Form, LogDensity, Terms
 from ._gauss_newton import spectrum, to_position
@@ -54,7 +54,7 @@ def learn_scales(density: LogDensity, key: Key, start: np.ndarray) -> np.ndarray
         return 0.5 * np.sum((logs / LOG_SPREAD) ** 2) - value, logs / LOG_SPREAD**2 - gradient
 
     bounds = [(-6.0 * LOG_SPREAD, 6.0 * LOG_SPREAD)] * len(blocks)
-    best = scipy.optimize.minimize(negative, np.zeros(len(blocks)), jac=True, method="L-BFGS-B", bounds=bounds)
+    best = least(negative, np.zeros(len(blocks)), bounds)
     return np.exp(best.x)
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import scipy.stats
 
 from .. import _checks, mixture, predictive
 from .._checks import check_fraction
@@ -148,6 +147,8 @@ class Predicting:
             return mixture.log_density(parts, x, targets) - jacobian
         mean, epistemic, aleatoric = mixture.regression_moments(parts, x)
         std = np.sqrt(epistemic + aleatoric)
+        import scipy.stats  # takes a quarter of a second
+
         if form == "gaussian" or tail is None:
             each = scipy.stats.norm.logpdf(targets, mean, std)
         else:

@@ -219,7 +219,12 @@ def stopping_rule(
 
 def judge(prepared: Prepared, source: Source, posterior: Posterior, num_backbones: int = 1) -> Diagnostics:
     """Convergence of predicted values at reference rows, and of the noise."""
-    quantities, info = reference_quantities(prepared, source, posterior.num_chains), posterior.info
+    info = posterior.info
+    if posterior.analytic is None:
+        quantities = reference_quantities(prepared, source, posterior.num_chains)
+    else:  # independent draws, in whose weights the predictions are linear: only whether they are finite matters
+        quantities = np.concatenate([source.theta, source.noise_std], axis=-1)
+        quantities = quantities.reshape(posterior.num_chains, -1, quantities.shape[-1])
     depth = info.get("max_tree_depth", NO_TREE)
     return diagnose(
         # A limit below the usual was chosen for speed; whether the short trajectories do, the effective draws tell.
