@@ -23,6 +23,7 @@ import scipy.special
 from . import out_of_fold, regularisation, training, weight_statistics
 from ._threads import side_by_side
 from ._typing import Array, Key, Params, State
+from .convolutions import convolves
 from .errors import TrainingError
 from .likelihoods import Categorical, Gaussian, HeteroskedasticGaussian, Likelihood, split_outputs
 from .networks.base import Network
@@ -40,7 +41,8 @@ FEW_ROWS = 600
 """With fewer rows it leaves out more of them, so that each is new to more backbones: judgement is what is scarce."""
 
 GROUP = 4
-"""Backbones trained by one compiled call; groups run on different cores. The same everywhere: so are the results."""
+"""Backbones trained by one compiled call; groups run on different cores. The same everywhere: so are the results. Only
+networks with convolutions are trained one by one on a CPU, where those with a kernel for each member are slow."""
 
 MOST_EPOCHS = 1000
 """Epochs of a run whose length is not given, fewer where an epoch has many steps; it may end earlier."""
@@ -194,14 +196,14 @@ def train_backbones(
 
 def _start(shared: "_Shared", keys: list[Key], weights: np.ndarray) -> tuple[list[training.Progress], State]:
     """Initialised groups, and the network's state; the program that trains them is compiled meanwhile."""
-    averages = shared.collect is not None
-    settings = training.Settings(weights[:GROUP], np.float32(1.0), shared.noise_std, shared.burn_in)
+    averages, size = shared.collect is not None, shared.group_size
+    settings = training.Settings(weights[:size], np.float32(1.0), shared.noise_std, shared.burn_in)
     first, state = regularisation.start_members(
-        shared.program, keys[:GROUP], shared.rows, settings, averages=averages
+        shared.program, keys[:size], shared.rows, settings, averages=averages
     )  # fmt: skip
     groups = [first]
-    for begin in range(GROUP, len(keys), GROUP):
-        members = keys[begin : begin + GROUP]
+    for begin in range(size, len(keys), size):
+        members = keys[begin : begin + size]
         groups.append(training.initialise_members(shared.program, members, shared.rows.x, averages=averages)[0])
     return groups, state
 
@@ -254,6 +256,12 @@ class _Shared:
     rates: np.ndarray
     collect: np.ndarray | None
     num_backbones: int
+
+    @functools.cached_property
+    def group_size(self) -> int:
+        """Members of a group."""
+        slow = jax.default_backend() == "cpu" and convolves(self.program.network, np.asarray(self.rows.x[:1]))
+        return 1 if slow else GROUP
 
     def gap(self, look: _Look, best: _Look) -> float:
         """How much worse left-out rows are predicted, in nats per row."""
@@ -309,7 +317,8 @@ class _Run:
         shared = self.shared
         rates = training.pad_steps(shared.program, shared.rates[first:last], len(shared.real))
         collect = np.zeros(last - first, np.float32) if shared.collect is None else shared.collect[first:last]
-        members = self.weights[number * GROUP : number * GROUP + GROUP]
+        size = shared.group_size
+        members = self.weights[number * size : number * size + size]
         settings = training.Settings(members, self.prior_precision, shared.noise_std, shared.burn_in)
         for begin in range(0, last - first, training.EPOCHS_PER_CALL):
             chunk = slice(begin, begin + training.EPOCHS_PER_CALL)
@@ -349,6 +358,9 @@ class _Run:
 def _group_outputs(network: Network, params: Params, state: State, x: Array) -> Array:
     """Outputs ``(members, rows, d)`` of all members of a group, in blocks of rows."""
     apply = jax.vmap(lambda params, x: network.apply(params, state, x), in_axes=(0, None))
+    if jax.tree.leaves(params)[0].shape[0] == 1:  # not vmapped: see GROUP
+        alone = jax.tree.map(lambda leaf: leaf[0], params)
+        apply = lambda _, x: network.apply(alone, state, x)[None]  # noqa: E731
     size = x.shape[0]
     if size <= FORWARD_ROWS:
         return apply(params, x)

@@ -15,6 +15,7 @@ import jax
 import jax.extend.core as jex
 import numpy as np
 
+from ._equations import is_drop
 from ._typing import Array, Params, State
 from .networks.base import Network
 from .subspaces import RandomPart
@@ -119,7 +120,7 @@ def _inline(jaxpr: jex.Jaxpr) -> tuple[list[Any], list[Any], dict[Any, Any]]:
         fresh.update((v, jex.Var(v.aval)) for v in body.constvars)
         constants.update((fresh[v], value) for v, value in zip(body.constvars, values, strict=True))
         for sub in inner_eqns:
-            outs = [jex.Var(v.aval) if not _is_drop(v) else v for v in sub.outvars]
+            outs = [jex.Var(v.aval) if not is_drop(v) else v for v in sub.outvars]
             invars = [fresh.get(v, v) if _is_var(v) else v for v in sub.invars]
             fresh.update(zip(sub.outvars, outs, strict=True))
             equations.append(sub.replace(invars=invars, outvars=outs))
@@ -144,10 +145,6 @@ def _num_bytes(aval: Any) -> int:
 
 def _is_var(v: Any) -> bool:
     return not isinstance(v, jex.Literal)
-
-
-def _is_drop(v: Any) -> bool:
-    return type(v).__name__ == "DropVar"
 
 
 @functools.lru_cache(maxsize=64)

@@ -36,6 +36,7 @@ class PretrainingOptions:
     sigma : prior standard deviation of every weight, ``"auto"`` to choose it from the data, None for no prior.
     track_statistics : keep per-weight statistics, which automatic selection needs.
     burn_in : share of the epochs before these are gathered.
+    most_epochs : the longest run that is considered where ``epochs`` is None and the default would be longer.
     """
 
     epochs: int | None = None
@@ -45,6 +46,7 @@ class PretrainingOptions:
     sigma: float | str | None = "auto"
     track_statistics: bool = False
     burn_in: float = 0.5
+    most_epochs: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +128,8 @@ def plan_training(
         track_statistics=options.track_statistics,
     )  # fmt: skip
     steps = training.num_steps_per_epoch(program, num_rows)
-    num_epochs = options.epochs or default_epochs(steps, most_epochs)
+    most_epochs = min(most_epochs, options.most_epochs or most_epochs)
+    num_epochs = options.epochs or min(default_epochs(steps, most_epochs), most_epochs)
     return program, schedules.learning_rates(options.learning_rate, num_epochs, steps)
 
 

@@ -293,4 +293,8 @@ def run_members(program: Program, progress, state, rows, settings, learning_rate
     def one(progress, settings):
         return run_epochs(program, progress, state, rows, None, settings, learning_rates, collect, num_epochs)
 
+    if settings.row_weights.shape[0] == 1:
+        alone = jax.tree.map(lambda leaf: leaf[0], progress)
+        results = one(alone, settings._replace(row_weights=settings.row_weights[0]))
+        return jax.tree.map(lambda leaf: leaf[None], results)
     return jax.vmap(one, in_axes=(0, axes))(progress, settings)

@@ -14,6 +14,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
+from ._equations import apply_equation
 from ._typing import Array
 from .hoisting import CALL_PRIMITIVES, Hoisted
 
@@ -168,12 +169,8 @@ class _Rewriting:
             if eqn.primitive.name != "broadcast_in_dim":
                 raise _Unknown
             return [_Value(_broadcast(eqn, operands[0], axes[0]), axes[0])]
-        outvars = [v for v in eqn.outvars if type(v).__name__ != "DropVar"]
-        names = jex.DebugInfo("rows_last", "neurobayes.rows_last", None, None)
-        arguments = [jex.Var(v.aval) for v in eqn.invars]
-        single = jex.Jaxpr([], arguments, outvars, [eqn.replace(invars=arguments)], debug_info=names)
-        results = iter(jex.jaxpr_as_fun(jex.ClosedJaxpr(single, []))(*(operand.array for operand in operands)))
-        return [_Value(None if type(v).__name__ == "DropVar" else next(results), None) for v in eqn.outvars]
+        results = apply_equation(eqn, [operand.array for operand in operands])
+        return [_Value(result, None) for result in results]
 
 
 def _apply(eqn: Any, operands: list[_Value], axis: int) -> Any:

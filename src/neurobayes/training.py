@@ -21,6 +21,7 @@ import optax
 from . import weight_statistics
 from ._compiling import quick_jit
 from ._typing import Array, Key, Params, State
+from .convolutions import with_ordered_convolutions
 from .errors import TrainingError
 from .likelihoods import LOG_2PI, Likelihood
 from .networks.base import Network
@@ -225,7 +226,7 @@ def _step(program, progress, state, rows, settings, num_rows, learning_rate):
     def loss_of(params):
         return objective(program, params, state, rows, settings, num_rows, key_dropout)[0]
 
-    loss, gradient = jax.value_and_grad(loss_of)(progress.params)
+    loss, gradient = with_ordered_convolutions(jax.value_and_grad(loss_of))(progress.params)
     updates, opt_state = make_optimizer(program.optimizer).update(
         gradient, progress.opt_state, progress.params, value=loss, grad=gradient, value_fn=loss_of
     )
@@ -273,8 +274,8 @@ def _monitored(program, params, state, rows, validation, settings):
         watched, weights = validation, validation.real
 
     def total(x, y, weights):
-        row_loss = -program.likelihood.log_prob(program.network.apply(params, state, x), y, settings.noise_std)
-        return jnp.sum(weights * row_loss)
+        outputs = with_ordered_convolutions(program.network.apply)(params, state, x)
+        return jnp.sum(weights * -program.likelihood.log_prob(outputs, y, settings.noise_std))
 
     def measured():
         size = weights.shape[0]

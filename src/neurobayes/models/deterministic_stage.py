@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from .. import backbones, linearity, out_of_fold, predictive, priors, selectors, trees
+from .. import backbones, linearity, out_of_fold, predictive, priors, regularisation, selectors, trees
 from .._typing import Key, Params, State
 from ..backbones import Backbones
 from ..checkpoint import Checkpoint
@@ -42,8 +42,10 @@ MANY_SAMPLED = 1000
 """With more Bayesian weights than this to sample, two backbones by default: sampling is slow, and much is random."""
 
 MOST_WORK = 8e12
-"""Floating-point operations of all backbones' training at most, where their number is the default; some minutes on two
-cores. Four are trained anyway."""
+"""Floating-point operations of all training at most, where its extent is the default; some minutes on two cores."""
+
+LEAST_EPOCHS = 30
+"""Four backbones are trained for so long anyway."""
 
 _ONE_PART = np.zeros(1, int)
 
@@ -100,7 +102,10 @@ def train(
         _warn_of_units(plan, state)
         return Stage([plan.weights], state, [None], real[None], _ONE_PART, None)
     burn_in = 0.5 if plan.select_config is None else plan.select_config.burn_in
-    options = dataclasses.replace(options, track_statistics=plan.needs_statistics, burn_in=burn_in)
+    most = longest_run(plan.network, plan.prepared, plan.num_backbones)
+    options = dataclasses.replace(
+        options, track_statistics=plan.needs_statistics, burn_in=burn_in, most_epochs=most
+    )  # fmt: skip
     if plan.num_backbones > 1:
         return _ensemble(plan, key, seed, options, report, checkpoint)
     pretrained = None
@@ -266,7 +271,7 @@ def foresee(
     return Bayesian(partition.size, linearity.late_is_affine(hoisted, partition.size, hoisted.carry_avals))
 
 
-def how_many(network: Network, prepared: Any, template: Params, wanted: int | str, bayesian: Bayesian) -> int:
+def how_many(network: Network, prepared: Any, wanted: int | str, bayesian: Bayesian) -> int:
     """Number of backbones for each prior scale: what is wanted, or by default more where each is cheap.
 
     Each leaves out a row, so there are no more of them than rows.
@@ -276,18 +281,40 @@ def how_many(network: Network, prepared: Any, template: Params, wanted: int | st
     if not bayesian.exact:
         few = bayesian.size > MANY_SAMPLED
         return min(2 if few else SAMPLED_BACKBONES, prepared.num_rows)
-    x = prepared.rows.x
-    row = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
-    analysis = jax.jit(network.apply).lower(*jax.eval_shape(network.init, abstract_key(), row), row).cost_analysis()
-    flops = float((analysis or {}).get("flops", 0.0)) or 2.0 * trees.num_scalars(template)
     steps = -(-prepared.num_rows // (default_batch_size(prepared.num_rows, None) or prepared.num_rows))
-    epochs = default_epochs(steps, backbones.MOST_EPOCHS)
-    # Forwards and backwards; half of the prior scales' runs end early.
-    work = 3.0 * flops * prepared.num_rows * epochs * 0.5 * len(backbones.SIGMA_GRID)
+    # Half of the prior scales' runs end early.
+    work = epoch_work(network, prepared) * default_epochs(steps, backbones.MOST_EPOCHS) * _SCALES
     affordable = MOST_WORK / max(1.0, work)
     step, most = backbones.GROUP, SMALL_BACKBONES if prepared.num_rows < SMALL_ROWS else EXACT_BACKBONES
     count = np.clip(step * math.floor(affordable / step), SAMPLED_BACKBONES, most)
     return min(int(count), prepared.num_rows)
+
+
+_SCALES = 0.5 * len(backbones.SIGMA_GRID)
+
+
+def epoch_work(network: Network, prepared: Any) -> float:
+    """Floating-point operations of an epoch of one network, forwards and backwards."""
+    x = prepared.rows.x
+    return 3.0 * _row_work(network, (1, *x.shape[1:]), x.dtype) * prepared.num_rows
+
+
+@functools.lru_cache(maxsize=64)
+def _row_work(network: Network, shape: tuple[int, ...], dtype: Any) -> float:
+    row = jax.ShapeDtypeStruct(shape, dtype)
+    params, state = jax.eval_shape(network.init, abstract_key(), row)
+    analysis = jax.jit(network.apply).lower(params, state, row).cost_analysis()
+    return float((analysis or {}).get("flops", 0.0)) or 2.0 * trees.num_scalars(params)
+
+
+def longest_run(network: Network, prepared: Any, num_backbones: int) -> int:
+    """Epochs that the default number of backbones can have: fewer where an epoch is much work, but some anyway."""
+    if num_backbones > 1:
+        runs = min(num_backbones, SAMPLED_BACKBONES) * _SCALES
+    else:
+        folds = min(regularisation.MAX_FOLDS, max(1, regularisation.FOLD_ROWS // prepared.num_rows))
+        runs = 1 + folds * _SCALES
+    return max(LEAST_EPOCHS, int(MOST_WORK / max(1.0, runs * epoch_work(network, prepared))))
 
 
 def warn_of_one(num_rows: int, *, partial: bool) -> None:

@@ -187,7 +187,7 @@ def make_plan(
             "deterministic_weights= or by the network itself. Leave num_backbones out."
         )
     if weights is None:
-        count = deterministic_stage.how_many(network, prepared, template, num_backbones, bayesian)
+        count = deterministic_stage.how_many(network, prepared, num_backbones, bayesian)
     return Plan(
         network=network,
         prepared=prepared,
