@@ -1,6 +1,7 @@
 """Backbones trained together: who leaves out what, and that what is left out is never seen."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from neurobayes import backbones, out_of_fold, schedules, training
 from neurobayes.data import pad_rows, row_weights
 from neurobayes.errors import TrainingError
 from neurobayes.likelihoods import Categorical, Gaussian
+from neurobayes.models import deterministic_stage
 from neurobayes.networks import as_network
 from neurobayes.predictive import deterministic_outputs
 from neurobayes.pretraining import PretrainingOptions
@@ -302,6 +304,48 @@ class TestOutcome:
         expected = -np.mean(np.log(left_out[np.arange(40), labels]))
         np.testing.assert_allclose(found.search.losses.min(), expected, rtol=1e-4)
         assert found.unseen_rmse is None and expected < np.log(2)
+
+
+class TestExtent:
+    """How much is trained, and what shares a compiled call."""
+
+    def prepared(self, num_rows):
+        x = np.zeros((num_rows, 2), np.float32)
+        return SimpleNamespace(rows=SimpleNamespace(x=x), num_rows=num_rows)
+
+    @pytest.mark.parametrize("num_backbones", [1, 2, 4, 16])
+    def test_a_run_is_shorter_where_an_epoch_is_more_work(self, num_backbones):
+        wide = as_network(nb.FlaxMLP([64, 64], 1))
+        longest = [
+            deterministic_stage.longest_run(wide, self.prepared(n), num_backbones) for n in (10**3, 10**5, 10**9)
+        ]
+        assert longest[0] > longest[1] > longest[2] == deterministic_stage.LEAST_EPOCHS
+        work = deterministic_stage.epoch_work(wide, self.prepared(10**5))
+        runs = 1 + 2 if num_backbones == 1 else 2 * min(num_backbones, 4)  # half of four scales'
+        assert longest[1] == pytest.approx(deterministic_stage.MOST_WORK / (runs * work), rel=0.05)
+
+    def test_work_is_counted(self):
+        """Two products of matrices, forwards and twice backwards, and little else."""
+        work = deterministic_stage.epoch_work(as_network(nb.FlaxMLP([512, 512], 1)), self.prepared(100))
+        assert work == pytest.approx(3 * 100 * 2 * (2 * 512 + 512 * 512 + 512), rel=0.05)
+
+    def test_the_longest_run_bounds_only_the_default(self):
+        rows = rows_of(*regression())
+        short = trained(rows, PretrainingOptions(sigma=1.0, most_epochs=10))
+        assert short.epochs[-1] == 10
+        assert trained(rows, PretrainingOptions(epochs=12, sigma=1.0, most_epochs=10)).members[0].num_epochs == 12
+
+    def test_networks_that_convolve_are_trained_one_by_one_with_the_same_result(self, monkeypatch):
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(30, 8, 1))
+        rows = rows_of(x, x.max(axis=1).astype(np.float32))
+        network = as_network(nb.FlaxConvNet(1, target_dim=1, conv_layers=[2], fc_layers=[4]))
+        alone = trained(rows, network=network)
+        monkeypatch.setattr(backbones, "convolves", lambda network, x: False)
+        together = trained(rows, network=network)
+        for one, other in zip(alone.members, together.members, strict=True):
+            for a, b in zip(leaves(one), leaves(other), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
 class TestFailure:
