@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .advisor import compare_partitions
     from .arviz import to_arviz
     from .calibration import fit_calibration
+    from .compiled_programs import cache_programs
     from .directions import subspace
     from .models.bnn import BNN
     from .models.calibrated import CalibratedModel
@@ -48,6 +49,7 @@ __all__ = [
     "FlaxTransformer",
     "PartialBNN",
     "biases",
+    "cache_programs",
     "calibration",
     "compare_partitions",
     "datasets",
@@ -86,6 +88,7 @@ _MODULE_OF = {
     "FlaxTransformer": "networks.transformer",
     "PartialBNN": "models.partial_bnn",
     "biases": "selectors",
+    "cache_programs": "compiled_programs",
     "compare_partitions": "advisor",
     "everything": "selectors",
     "fit_calibration": "calibration",
