@@ -41,3 +41,19 @@ def classes() -> tuple[np.ndarray, np.ndarray]:
     X = rng.normal(size=(60, 4)) + 1.5 * np.eye(3, 4)[y]
     order = rng.permutation(60)
     return X[order], y[order]
+
+
+@pytest.fixture
+def compilation_cache():
+    """JAX's settings for programs that are kept; afterwards they are as they were."""
+    import jax
+
+    names = ("dir", "min_compile_time_secs", "min_entry_size_bytes")
+    names = [f"jax_{'compilation' if name == 'dir' else 'persistent'}_cache_{name}" for name in names]
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    from neurobayes import compiled_programs
+
+    compiled_programs._forget_earlier_folder()

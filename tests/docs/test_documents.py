@@ -44,7 +44,7 @@ PAGES = [
 
 
 @pytest.mark.parametrize("path", PAGES)
-def test_python_blocks_run_in_order(path, tmp_path, monkeypatch):
+def test_python_blocks_run_in_order(path, tmp_path, monkeypatch, compilation_cache):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
     for block in blocks_of(path, "python"):

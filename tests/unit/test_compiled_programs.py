@@ -27,18 +27,6 @@ print(json.dumps({"mean": model.predict(x)[0].tolist(), "kept": str(kept), **fou
 """
 
 
-@pytest.fixture
-def settings():
-    """JAX's own, as they were."""
-    names = ("dir", "min_compile_time_secs", "min_entry_size_bytes")
-    names = [f"jax_{'compilation' if name == 'dir' else 'persistent'}_cache_{name}" for name in names]
-    before = {name: getattr(jax.config, name) for name in names}
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compiled_programs._forget_earlier_folder()
-
-
 def in_a_process(folder):
     run = subprocess.run([sys.executable, "-c", FIT, str(folder)], capture_output=True, text=True, check=True)
     return json.loads(run.stdout.splitlines()[-1])
@@ -52,7 +40,7 @@ def test_the_second_process_finds_what_the_first_compiled(tmp_path):
     assert os.listdir(first["kept"])
 
 
-def test_the_folder_is_made_for_its_user_alone(tmp_path, settings):
+def test_the_folder_is_made_for_its_user_alone(tmp_path, compilation_cache):
     folder = nb.cache_programs(tmp_path / "a" / "b")
     assert folder.parent == tmp_path / "a" / "b" and folder.is_dir()
     assert folder.stat().st_mode & 0o077 == 0
@@ -60,13 +48,13 @@ def test_the_folder_is_made_for_its_user_alone(tmp_path, settings):
     assert jax.config.jax_compilation_cache_dir == str(folder)
 
 
-def test_processors_and_versions_have_folders_of_their_own(tmp_path, settings, monkeypatch):
+def test_processors_and_versions_have_folders_of_their_own(tmp_path, compilation_cache, monkeypatch):
     here = nb.cache_programs(tmp_path)
     monkeypatch.setattr(compiled_programs.platform, "machine", lambda: "another")
     assert nb.cache_programs(tmp_path) != here
 
 
-def test_by_default_it_is_in_the_cache_of_the_user(tmp_path, settings, monkeypatch):
+def test_by_default_it_is_in_the_cache_of_the_user(tmp_path, compilation_cache, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert nb.cache_programs().parent == tmp_path / "neurobayes"
 
