@@ -217,7 +217,7 @@ def test_each_step_scores_the_pool_and_moves_its_most_uncertain_row():
 
     def fit_predict(known, pool):
         variance = 1.0 + np.abs(y[pool] - y[known].mean())
-        return y[pool] + 0.5, variance
+        return y[pool] + 0.5, variance, variance
 
     steps = active.learn(y[:, None], y, np.array([0]), 3, fit_predict)
     assert [step["chosen"] for step in steps] == [5, 1, 4]  # farthest from the mean of the known; the first of equals
