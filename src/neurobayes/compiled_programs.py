@@ -37,12 +37,14 @@ def cache_programs(folder: str | os.PathLike | None = None) -> Path:
     -----
     Sets JAX's ``jax_compilation_cache_dir`` for the whole process.
     """
-    base = _default() if folder is None else Path(folder).expanduser()
-    own = base.absolute() / f"programs-{_fingerprint()}"
     try:
-        own.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError(f"folder={str(base)!r} cannot be made: {error}. Give one that you can write to.") from error
+        base = (_default() if folder is None else Path(folder).expanduser()).resolve()
+        own = base / f"programs-{_fingerprint()}"
+        base.parent.mkdir(parents=True, exist_ok=True)
+        for place in (base, own):  # one by one: the mode is not that of parents made on the way
+            place.mkdir(mode=0o700, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # the latter where no home folder is known
+        raise OptionError(f"folder={folder!r} cannot be made: {error}. Give one that you can write to.") from error
     for place in (base, own):
         _check_private(place)
     jax.config.update("jax_compilation_cache_dir", str(own))

@@ -46,7 +46,7 @@ class PretrainingOptions:
     sigma: float | str | None = "auto"
     track_statistics: bool = False
     burn_in: float = 0.5
-    most_epochs: int | None = None
+    most_epochs: int | None = dataclasses.field(default=None, repr=False)  # checkpoints know options by their repr
 
 
 @dataclasses.dataclass(frozen=True)

