@@ -48,8 +48,11 @@ def compilation_cache():
     """JAX's settings for programs that are kept; afterwards they are as they were."""
     import jax
 
-    names = ("dir", "min_compile_time_secs", "min_entry_size_bytes")
-    names = [f"jax_{'compilation' if name == 'dir' else 'persistent'}_cache_{name}" for name in names]
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
     before = {name: getattr(jax.config, name) for name in names}
     yield
     for name, value in before.items():

@@ -266,7 +266,6 @@ def _cold_starts(old: _Predecessor, repeats: int, details: dict[str, Any]) -> li
     found: dict[str, list[float]] = {label: [] for label in labels}
     theirs = []
     with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o700)
         _cold(programs=folder)  # fills the folder
         for _ in range(repeats):
             report = old.run("cold")

@@ -127,6 +127,7 @@ def train_backbones(
     *,
     stacked: bool,
     seed: int,
+    most_epochs: int = MOST_EPOCHS,
     on_progress: Callable[[int, int, float], None] | None = None,
 ) -> Backbones:
     """Train ``num_backbones`` networks on different rows, and stop where left-out rows are predicted best.
@@ -137,6 +138,7 @@ def train_backbones(
     noise_std : (outputs,) the noise the training objective assumes, working units.
     stacked : keep backbones of other prior scales that predict left-out rows nearly as well, as further parts.
     seed : decides which rows each backbone leaves out.
+    most_epochs : of a run whose length is not given.
     on_progress : called with (epochs done, of how many, loss on left-out rows).
 
     Notes
@@ -146,7 +148,7 @@ def train_backbones(
     """
     real = np.asarray(rows.real) > 0
     num_rows = int(real.sum())
-    program, rates = plan_training(network, likelihood, num_rows, options, MOST_EPOCHS)
+    program, rates = plan_training(network, likelihood, num_rows, options, most_epochs)
     num_parts = default_parts(num_rows)
     weights = np.zeros((num_backbones, len(real)), np.float32)
     weights[:, real] = leave_out(num_rows, num_backbones, num_parts, seed)
@@ -260,7 +262,8 @@ class _Shared:
     @functools.cached_property
     def group_size(self) -> int:
         """Members of a group."""
-        slow = jax.default_backend() == "cpu" and convolves(self.program.network, np.asarray(self.rows.x[:1]))
+        x = self.rows.x
+        slow = jax.default_backend() == "cpu" and convolves(self.program.network, x.shape[1:], x.dtype)
         return 1 if slow else GROUP
 
     def gap(self, look: _Look, best: _Look) -> float:
@@ -357,10 +360,15 @@ class _Run:
 @functools.partial(jax.jit, static_argnums=0)
 def _group_outputs(network: Network, params: Params, state: State, x: Array) -> Array:
     """Outputs ``(members, rows, d)`` of all members of a group, in blocks of rows."""
-    apply = jax.vmap(lambda params, x: network.apply(params, state, x), in_axes=(0, None))
-    if jax.tree.leaves(params)[0].shape[0] == 1:  # not vmapped: see GROUP
-        alone = jax.tree.map(lambda leaf: leaf[0], params)
-        apply = lambda _, x: network.apply(alone, state, x)[None]  # noqa: E731
+
+    def one(params, x):
+        return network.apply(params, state, x)
+
+    def apply(params, x):
+        if jax.tree.leaves(params)[0].shape[0] == 1:  # not vmapped: see GROUP
+            return one(jax.tree.map(lambda leaf: leaf[0], params), x)[None]
+        return jax.vmap(one, in_axes=(0, None))(params, x)
+
     size = x.shape[0]
     if size <= FORWARD_ROWS:
         return apply(params, x)

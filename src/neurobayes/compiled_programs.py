@@ -36,6 +36,9 @@ def cache_programs(folder: str | os.PathLike | None = None) -> Path:
     Notes
     -----
     Sets JAX's ``jax_compilation_cache_dir`` for the whole process.
+
+    NumPyro's distributions list their parameters in the order of a set, which is another in each process, and so a
+    program that takes a noise prior may not be recognised. With the environment variable ``PYTHONHASHSEED=0`` it is.
     """
     try:
         base = (_default() if folder is None else Path(folder).expanduser()).resolve()
@@ -64,7 +67,8 @@ def _forget_earlier_folder() -> None:
 def _default() -> Path:
     if os.name == "nt":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "neurobayes"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neurobayes"
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (given if given.is_absolute() else Path.home() / ".cache") / "neurobayes"  # relative ones do not count
 
 
 def _check_private(folder: Path) -> None:

@@ -7,6 +7,7 @@ and channels change places, takes sixty times as long. So the axes are moved
 here.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,10 +41,12 @@ def with_ordered_convolutions(function: Callable[..., Any]) -> Callable[..., Any
     return ordered
 
 
-def convolves(network: Network, x: Any) -> bool:
-    """Whether a network has a convolution, for inputs like ``x``."""
-    params, state = jax.eval_shape(network.init, jax.random.key(0), x)
-    return has_convolution(jax.make_jaxpr(lambda params, state: network.apply(params, state, x))(params, state).jaxpr)
+@functools.lru_cache(maxsize=64)
+def convolves(network: Network, row_shape: tuple[int, ...], dtype: Any) -> bool:
+    """Whether a network has a convolution, for inputs of this kind."""
+    row = jax.ShapeDtypeStruct((1, *row_shape), dtype)
+    params, state = jax.eval_shape(network.init, jax.random.key(0), row)
+    return has_convolution(jax.make_jaxpr(network.apply)(params, state, row).jaxpr)
 
 
 def has_convolution(jaxpr: Any) -> bool:
@@ -73,31 +76,24 @@ def _evaluate(jaxpr: Any, consts: Any, inputs: Any) -> list[Any]:
         if eqn.primitive.name == _CONVOLUTION:
             outputs = [_ordered(*operands, **eqn.params)]
         elif any(has_convolution(inner) for inner in _inner(eqn)):
-            outputs = _within(eqn, operands)
+            params = {name: _rewritten(value) for name, value in eqn.params.items()}
+            outputs = apply_equation(eqn.replace(params=params), operands)
         else:
             outputs = apply_equation(eqn, operands)
         values.update(zip(eqn.outvars, outputs, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
 
-def _within(eqn: Any, operands: list[Any]) -> list[Any]:
-    """An equation that contains convolutions: a loop with other bodies, or a call in place of which its body runs."""
-    if eqn.primitive.name not in ("scan", "while", "cond"):
-        body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr")))
-        if isinstance(body, jex.ClosedJaxpr):
-            return _evaluate(body.jaxpr, body.consts, operands)
-        return apply_equation(eqn, operands) if body is None else _evaluate(body, (), operands)
-    params = {
-        name: tuple(map(_rewritten, value)) if isinstance(value, tuple) else _rewritten(value)
-        for name, value in eqn.params.items()
-    }
-    return list(eqn.primitive.bind(*operands, **params))
-
-
 def _rewritten(value: Any) -> Any:
-    if not isinstance(value, jex.ClosedJaxpr):
-        return value
-    return jax.make_jaxpr(lambda *inputs: _evaluate(value.jaxpr, value.consts, inputs))(*value.in_avals)
+    """A parameter of an equation, with the convolutions of traced functions in it ordered."""
+    if type(value) in (tuple, list):  # and not a named tuple, which holds no functions
+        return type(value)(map(_rewritten, value))
+    if isinstance(value, jex.ClosedJaxpr):
+        return jax.make_jaxpr(lambda *inputs: _evaluate(value.jaxpr, value.consts, inputs))(*value.in_avals)
+    if isinstance(value, jex.Jaxpr):  # has no place for constants
+        closed = _rewritten(jex.ClosedJaxpr(value, []))
+        return value if closed.consts else closed.jaxpr
+    return value
 
 
 def _ordered(lhs: Array, rhs: Array, *, dimension_numbers: Any, **params: Any) -> Array:

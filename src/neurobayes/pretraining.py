@@ -36,7 +36,6 @@ class PretrainingOptions:
     sigma : prior standard deviation of every weight, ``"auto"`` to choose it from the data, None for no prior.
     track_statistics : keep per-weight statistics, which automatic selection needs.
     burn_in : share of the epochs before these are gathered.
-    most_epochs : the longest run that is considered where ``epochs`` is None and the default would be longer.
     """
 
     epochs: int | None = None
@@ -46,7 +45,6 @@ class PretrainingOptions:
     sigma: float | str | None = "auto"
     track_statistics: bool = False
     burn_in: float = 0.5
-    most_epochs: int | None = dataclasses.field(default=None, repr=False)  # checkpoints know options by their repr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,17 +81,19 @@ def pretrain(
     options: PretrainingOptions,
     *,
     seed: int,
+    most_epochs: int = DEFAULT_EPOCHS,
     on_progress: Callable[[int, int, float], None] | None = None,
 ) -> Pretrained:
     """Train on all rows with the prior scale and length that unseen rows favour, or those that are given.
 
     With ``sigma="auto"`` both are chosen; with a given ``sigma`` and no
     ``epochs``, the length is; with both given, nothing is searched. Averaging
-    needs the whole run, so it leaves the length as it is.
+    needs the whole run, so it leaves the length as it is. ``most_epochs``
+    bounds a length that is not given.
     """
     num_rows = int(np.asarray(rows.real).sum())
     key, key_search = jax.random.split(key)
-    program, rates = plan_training(network, likelihood, num_rows, options)
+    program, rates = plan_training(network, likelihood, num_rows, options, most_epochs)
     sigma, search = options.sigma, None
     if sigma == "auto" or options.epochs is None:
         program, sigma, search = _search(program, key, key_search, rows, noise_std, options, rates, seed)
@@ -128,8 +128,7 @@ def plan_training(
         track_statistics=options.track_statistics,
     )  # fmt: skip
     steps = training.num_steps_per_epoch(program, num_rows)
-    most_epochs = min(most_epochs, options.most_epochs or most_epochs)
-    num_epochs = options.epochs or min(default_epochs(steps, most_epochs), most_epochs)
+    num_epochs = options.epochs or default_epochs(steps, most_epochs)
     return program, schedules.learning_rates(options.learning_rate, num_epochs, steps)
 
 

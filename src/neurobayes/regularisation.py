@@ -31,7 +31,6 @@ from .training import (
     compile_ahead,
     initialise,
     initialise_members,
-    num_steps_per_epoch,
     pad_chunk,
     pad_steps,
     run_alone,
@@ -268,11 +267,12 @@ def start_members(
 
     Meanwhile ``run_members`` is compiled for them, with ``settings`` of the kind that they will have.
     """
-    started = beside(lambda: initialise_members(program, keys, rows.x, averages=averages))
-    progress, state = blank(program, keys, rows.x, averages=averages)
-    none = np.zeros((0, num_steps_per_epoch(program, len(rows.real))), np.float32)
-    run_members(program, progress, state, rows, settings, pad_chunk(none), pad_chunk(none[:, 0]), np.int32(0))
-    return started()
+    compiled = beside(
+        lambda: compile_ahead(program, *blank(program, keys, rows.x, averages=averages), rows, settings, run_members)
+    )
+    members = initialise_members(program, keys, rows.x, averages=averages)
+    compiled()
+    return members
 
 
 def _start_one_by_one(

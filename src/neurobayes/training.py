@@ -200,7 +200,8 @@ def _with_room(program: Program, progress: Progress, averages: bool) -> Progress
     return progress
 
 
-def _initialised(program: Program, key: Key, x: Array, params: Params | None) -> tuple[Progress, State]:
+@quick_jit(static_argnums=0)
+def _initialise(program: Program, key: Key, x: Array, params: Params | None) -> tuple[Progress, State]:
     key_init, key_run = jax.random.split(key)
     fresh, state = program.network.init(key_init, x)
     start: Any = fresh if params is None else params
@@ -212,9 +213,6 @@ def _initialised(program: Program, key: Key, x: Array, params: Params | None) ->
         None, jnp.float32(jnp.inf), jnp.int32(0), None, jnp.zeros((), jnp.float32), statistics,
     )  # fmt: skip
     return progress, state
-
-
-_initialise = quick_jit(static_argnums=0)(_initialised)
 
 
 def _step(program, progress, state, rows, settings, num_rows, learning_rate):
@@ -357,10 +355,12 @@ def _keep_best(progress: Progress, params: Params, value: Array, min_delta: Arra
     )
 
 
-@quick_jit(static_argnums=0)
+_run_epochs = quick_jit(static_argnums=0)(run_epochs)
+
+
 def run_alone(program, progress, state, rows, settings, learning_rates, collect, num_epochs, validation=None):
     """``run_epochs``, compiled."""
-    return run_epochs(program, progress, state, rows, validation, settings, learning_rates, collect, num_epochs)
+    return _run_epochs(program, progress, state, rows, validation, settings, learning_rates, collect, num_epochs)
 
 
 def num_steps_per_epoch(program: Program, num_rows: int) -> int:
@@ -404,14 +404,13 @@ def train(
     num_epochs = len(learning_rates)
     learning_rates = pad_steps(program, learning_rates, len(rows.real))
     collect = np.zeros(num_epochs, np.float32) if collect is None else collect
-    watched_rows = () if validation is None else (validation,)
     losses, watched, done = [], [], 0
     while done < num_epochs:
         chunk = slice(done, done + EPOCHS_PER_CALL)
         size = len(learning_rates[chunk])
         progress, loss, value = run_alone(
             program, progress, state, rows, settings,
-            pad_chunk(learning_rates[chunk]), pad_chunk(collect[chunk]), np.int32(size), *watched_rows,
+            pad_chunk(learning_rates[chunk]), pad_chunk(collect[chunk]), np.int32(size), validation,
         )  # fmt: skip
         ran = int(progress.epoch) - done
         if ran == 0:  # stopped exactly at the end of the chunk before
@@ -434,10 +433,12 @@ def train(
     return result, state
 
 
-def compile_ahead(program: Program, progress: Progress, state: State, rows: Rows, settings: Settings) -> None:
-    """Have the program that ``train`` runs compiled, by a run of no epochs from ``progress``."""
+def compile_ahead(
+    program: Program, progress: Progress, state: State, rows: Rows, settings: Settings, run: Callable = run_alone
+) -> None:
+    """Have the program that ``run`` runs compiled, by no epochs from ``progress``."""
     none = np.zeros((0, num_steps_per_epoch(program, len(rows.real))), np.float32)
-    run_alone(program, progress, state, rows, settings, pad_chunk(none), pad_chunk(none[:, 0]), np.int32(0))
+    run(program, progress, state, rows, settings, pad_chunk(none), pad_chunk(none[:, 0]), np.int32(0))
 
 
 def pad_chunk(values: np.ndarray) -> np.ndarray:

@@ -324,6 +324,11 @@ class TestExtent:
         runs = 1 + 2 if num_backbones == 1 else 2 * min(num_backbones, 4)  # half of four scales'
         assert longest[1] == pytest.approx(deterministic_stage.MOST_WORK / (runs * work), rel=0.05)
 
+    def test_a_given_prior_scale_leaves_more_epochs(self):
+        network, prepared = as_network(nb.FlaxMLP([64, 64], 1)), self.prepared(10**5)
+        searched, given = (deterministic_stage.longest_run(network, prepared, 4, searched=s) for s in (True, False))
+        assert given == pytest.approx(2 * searched, rel=0.01)  # one run in place of half of four
+
     def test_work_is_counted(self):
         """Two products of matrices, forwards and twice backwards, and little else."""
         work = deterministic_stage.epoch_work(as_network(nb.FlaxMLP([512, 512], 1)), self.prepared(100))
@@ -331,9 +336,9 @@ class TestExtent:
 
     def test_the_longest_run_bounds_only_the_default(self):
         rows = rows_of(*regression())
-        short = trained(rows, PretrainingOptions(sigma=1.0, most_epochs=10))
+        short = trained(rows, PretrainingOptions(sigma=1.0), most_epochs=10)
         assert short.epochs[-1] == 10
-        assert trained(rows, PretrainingOptions(epochs=12, sigma=1.0, most_epochs=10)).members[0].num_epochs == 12
+        assert trained(rows, PretrainingOptions(epochs=12, sigma=1.0), most_epochs=10).members[0].num_epochs == 12
 
     def test_networks_that_convolve_are_trained_one_by_one_with_the_same_result(self, monkeypatch):
         rng = np.random.default_rng(0)
@@ -341,7 +346,7 @@ class TestExtent:
         rows = rows_of(x, x.max(axis=1).astype(np.float32))
         network = as_network(nb.FlaxConvNet(1, target_dim=1, conv_layers=[2], fc_layers=[4]))
         alone = trained(rows, network=network)
-        monkeypatch.setattr(backbones, "convolves", lambda network, x: False)
+        monkeypatch.setattr(backbones, "convolves", lambda *_: False)
         together = trained(rows, network=network)
         for one, other in zip(alone.members, together.members, strict=True):
             for a, b in zip(leaves(one), leaves(other), strict=True):

@@ -117,7 +117,6 @@ def test_a_function_without_any_is_left_alone(monkeypatch):
 
 
 def test_networks_that_convolve():
-    image, row = np.zeros((1, 8, 8, 1), np.float32), np.zeros((1, 3), np.float32)
-    assert convolves(as_network(nb.FlaxConvNet(2, target_dim=1, conv_layers=[4], fc_layers=[8])), image)
-    assert not convolves(as_network(nb.FlaxMLP([4], 1)), row)
+    assert convolves(as_network(nb.FlaxConvNet(2, target_dim=1, conv_layers=[4], fc_layers=[8])), (8, 8, 1), np.float32)
+    assert not convolves(as_network(nb.FlaxMLP([4], 1)), (3,), np.float32)
     assert not has_convolution(jax.make_jaxpr(jnp.sin)(1.0).jaxpr)

@@ -19,7 +19,14 @@ from ..inference.auto import Auto
 from ..inference.base import Engine
 from ..inference.last_layer import MAX_SCALARS, LastLayer
 from ..networks.base import Network
-from ..pretraining import Pretrained, PretrainingOptions, default_batch_size, default_epochs, pretrain
+from ..pretraining import (
+    DEFAULT_EPOCHS,
+    Pretrained,
+    PretrainingOptions,
+    default_batch_size,
+    default_epochs,
+    pretrain,
+)
 from . import resuming
 from .base import abstract_key
 from .choosing import resolve_untrained
@@ -43,6 +50,9 @@ MANY_SAMPLED = 1000
 
 MOST_WORK = 8e12
 """Floating-point operations of all training at most, where its extent is the default; some minutes on two cores."""
+
+_SCALES = 0.5 * len(backbones.SIGMA_GRID)
+"""Prior scales that are trained to the end, where they are searched: half of the runs end early."""
 
 LEAST_EPOCHS = 30
 """Four backbones are trained for so long anyway."""
@@ -102,10 +112,7 @@ def train(
         _warn_of_units(plan, state)
         return Stage([plan.weights], state, [None], real[None], _ONE_PART, None)
     burn_in = 0.5 if plan.select_config is None else plan.select_config.burn_in
-    most = longest_run(plan.network, plan.prepared, plan.num_backbones)
-    options = dataclasses.replace(
-        options, track_statistics=plan.needs_statistics, burn_in=burn_in, most_epochs=most
-    )  # fmt: skip
+    options = dataclasses.replace(options, track_statistics=plan.needs_statistics, burn_in=burn_in)
     if plan.num_backbones > 1:
         return _ensemble(plan, key, seed, options, report, checkpoint)
     pretrained = None
@@ -114,7 +121,7 @@ def train(
     if pretrained is None:
         pretrained = pretrain(
             plan.network, plan.likelihood, key, rows, _assumed_noise(plan), options, seed=seed,
-            on_progress=_reporter(report),
+            most_epochs=min(DEFAULT_EPOCHS, _longest(plan, options)), on_progress=_reporter(report),
         )  # fmt: skip
         if checkpoint is not None:
             resuming.save_trained(checkpoint, pretrained)
@@ -129,7 +136,8 @@ def _ensemble(plan, key, seed, options, report, checkpoint) -> Stage:
     if ensemble is None:
         ensemble = backbones.train_backbones(
             plan.network, plan.likelihood, key, rows, _assumed_noise(plan), options, plan.num_backbones,
-            stacked=plan.exact, seed=seed, on_progress=_reporter(report),
+            stacked=plan.exact, seed=seed, most_epochs=min(backbones.MOST_EPOCHS, _longest(plan, options)),
+            on_progress=_reporter(report),
         )  # fmt: skip
         if checkpoint is not None:
             resuming.save_backbones(checkpoint, ensemble)
@@ -199,6 +207,10 @@ def _unseen_rmse(plan: Any, params: list[Params], state: State, weights: np.ndar
         out_of_fold.ensemble_error(outputs[parts == p], unseen[parts == p], y, int(np.sum(parts == p)))
         for p in np.unique(parts)
     ])  # fmt: skip
+
+
+def _longest(plan: Any, options: PretrainingOptions) -> int:
+    return longest_run(plan.network, plan.prepared, plan.num_backbones, searched=options.sigma == "auto")
 
 
 def _reporter(report: Report):
@@ -282,15 +294,11 @@ def how_many(network: Network, prepared: Any, wanted: int | str, bayesian: Bayes
         few = bayesian.size > MANY_SAMPLED
         return min(2 if few else SAMPLED_BACKBONES, prepared.num_rows)
     steps = -(-prepared.num_rows // (default_batch_size(prepared.num_rows, None) or prepared.num_rows))
-    # Half of the prior scales' runs end early.
     work = epoch_work(network, prepared) * default_epochs(steps, backbones.MOST_EPOCHS) * _SCALES
     affordable = MOST_WORK / max(1.0, work)
     step, most = backbones.GROUP, SMALL_BACKBONES if prepared.num_rows < SMALL_ROWS else EXACT_BACKBONES
     count = np.clip(step * math.floor(affordable / step), SAMPLED_BACKBONES, most)
     return min(int(count), prepared.num_rows)
-
-
-_SCALES = 0.5 * len(backbones.SIGMA_GRID)
 
 
 def epoch_work(network: Network, prepared: Any) -> float:
@@ -307,13 +315,17 @@ def _row_work(network: Network, shape: tuple[int, ...], dtype: Any) -> float:
     return float((analysis or {}).get("flops", 0.0)) or 2.0 * trees.num_scalars(params)
 
 
-def longest_run(network: Network, prepared: Any, num_backbones: int) -> int:
-    """Epochs that the default number of backbones can have: fewer where an epoch is much work, but some anyway."""
+def longest_run(network: Network, prepared: Any, num_backbones: int, *, searched: bool = True) -> int:
+    """Epochs that the default number of backbones can have: fewer where an epoch is much work, but some anyway.
+
+    ``searched`` is whether the prior scale is.
+    """
+    scales = _SCALES if searched else 1.0
     if num_backbones > 1:
-        runs = min(num_backbones, SAMPLED_BACKBONES) * _SCALES
+        runs = min(num_backbones, SAMPLED_BACKBONES) * scales
     else:
         folds = min(regularisation.MAX_FOLDS, max(1, regularisation.FOLD_ROWS // prepared.num_rows))
-        runs = 1 + folds * _SCALES
+        runs = 1 + folds * scales
     return max(LEAST_EPOCHS, int(MOST_WORK / max(1.0, runs * epoch_work(network, prepared))))
 
 
