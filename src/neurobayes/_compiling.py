@@ -1,6 +1,7 @@
 """Compiled programs that are cheap to compile."""
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +12,12 @@ class QuickJit:
     """``jax.jit`` for programs that a user waits for: on a CPU, by LLVM's first level of optimisation.
 
     XLA's own passes and the matrix products of its library are as always; the compilation takes a third less time,
-    and training ran as fast as with the usual third level on every size that was tried. Not to be called within
-    another compiled function.
+    and training ran as fast as with the usual third level on every size that was tried. The first argument is static.
+    Not to be called within another compiled function.
     """
 
-    def __init__(self, function: Callable[..., Any], **options: Any) -> None:
-        self._function, self._options = function, options
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
         functools.update_wrapper(self, function)
 
     def __call__(self, *arguments: Any) -> Any:
@@ -27,12 +28,19 @@ class QuickJit:
         """Shapes and dtypes of the result; what is traced for it serves the first call."""
         return self._jitted(jax.default_backend()).eval_shape(*arguments)
 
+    def compile(self, *arguments: Any) -> None:
+        """Compile for arguments, or for shapes in their place: a later call with such arguments finds the program.
+
+        A thread that asks for what another is compiling waits for it.
+        """
+        with self._lock(arguments[0]):
+            self._jitted(jax.default_backend()).lower(*arguments).compile()
+
     @functools.cache  # noqa: B019 - instances are module-level functions
     def _jitted(self, backend: str) -> Any:
         level = {"xla_backend_optimization_level": 1} if backend == "cpu" else None
-        return jax.jit(self._function, compiler_options=level, **self._options)
+        return jax.jit(self._function, static_argnums=0, compiler_options=level)
 
-
-def quick_jit(**options: Any) -> Callable[[Callable[..., Any]], QuickJit]:
-    """A decorator: ``QuickJit`` with these options of ``jax.jit``."""
-    return lambda function: QuickJit(function, **options)
+    @functools.lru_cache(maxsize=64)  # noqa: B019
+    def _lock(self, static: Any) -> threading.Lock:
+        return threading.Lock()

@@ -21,6 +21,7 @@ import numpy as np
 import scipy.special
 
 from . import out_of_fold, regularisation, training, weight_statistics
+from ._keys import children
 from ._threads import side_by_side
 from ._typing import Array, Key, Params, State
 from .convolutions import convolves
@@ -158,7 +159,7 @@ def train_backbones(
     shared = _Shared(program, rows, real, np.asarray(noise_std, np.float32), np.int32(options.burn_in * len(rates)),
                      rates, collect, num_backbones)  # fmt: skip
     stops = collect is None and (options.epochs is None or options.sigma == "auto")
-    groups, state = _start(shared, list(jax.random.split(key, num_backbones)), weights)
+    groups, state = _start(shared, children(key, num_backbones), weights)
     sigmas = SIGMA_GRID if options.sigma == "auto" else (options.sigma,)
     # The same initialisations for every sigma: differences are then due to sigma.
     runs = [_Run(shared, precision(sigma), groups, state, weights) for sigma in sigmas]
@@ -194,6 +195,27 @@ def train_backbones(
         epochs=ends,
         unseen_rmse=None if rmse[0] is None else np.array(rmse),
     )
+
+
+def compile_ahead(
+    network: Network,
+    likelihood: Likelihood,
+    key: Key,
+    rows: training.Rows,
+    noise_std: np.ndarray,
+    options: PretrainingOptions,
+    num_backbones: int,
+    most_epochs: int = MOST_EPOCHS,
+) -> None:
+    """Compile what ``train_backbones`` will train groups of members with."""
+    real = np.asarray(rows.real, np.float32)
+    program, _ = plan_training(network, likelihood, int(real.sum()), options, most_epochs)
+    size = min(_group_size(program, rows.x), num_backbones)
+    settings = training.Settings(
+        np.tile(real, (size, 1)), np.float32(1.0), np.asarray(noise_std, np.float32), np.int32(0)
+    )
+    averages = options.averaging is not None
+    training.compile_ahead(program, key, rows, settings, averages=averages, run=regularisation.run_members)
 
 
 def _start(shared: "_Shared", keys: list[Key], weights: np.ndarray) -> tuple[list[training.Progress], State]:
@@ -237,6 +259,11 @@ def _train_together(runs: "list[_Run]", stops: bool, on_progress) -> np.ndarray:
     return ends[1:]
 
 
+def _group_size(program: training.Program, x: Any) -> int:
+    slow = jax.default_backend() == "cpu" and convolves(program.network, x.shape[1:], x.dtype)
+    return 1 if slow else GROUP
+
+
 class _Look(NamedTuple):
     """The state of all groups after an epoch, and how well left-out rows are predicted then."""
 
@@ -262,9 +289,7 @@ class _Shared:
     @functools.cached_property
     def group_size(self) -> int:
         """Members of a group."""
-        x = self.rows.x
-        slow = jax.default_backend() == "cpu" and convolves(self.program.network, x.shape[1:], x.dtype)
-        return 1 if slow else GROUP
+        return _group_size(self.program, self.rows.x)
 
     def gap(self, look: _Look, best: _Look) -> float:
         """How much worse left-out rows are predicted, in nats per row."""

@@ -63,6 +63,10 @@ class Hoisted:
         """Everything ``late`` needs that does not depend on ``theta``; one compiled call."""
         return self._early(*jax.tree.leaves(frozen))
 
+    def compile(self) -> None:
+        """Compile ``early`` before there is anything to call it with."""
+        self._early.lower(*jax.tree.leaves(self._origin[2])).compile()
+
     def late(self, theta: Any, carry: list[Array]) -> Any:
         """The function's value; differentiable in ``theta``."""
         return jax.tree.unflatten(self._out_tree, self._late(*jax.tree.leaves(theta), *carry))

@@ -202,6 +202,12 @@ def entering_scalars(hoisted: Hoisted | Recomputed, centre: np.ndarray, carry: A
     return np.asarray(_entering_scalars(hoisted, centre, carry, row_weights))
 
 
+def compile_entering(hoisted: Hoisted, size: int, num_rows: int) -> None:
+    """Compile ``entering_scalars`` for ``theta`` (size,)."""
+    centre, weights = (jax.ShapeDtypeStruct((length,), np.float32) for length in (size, num_rows))
+    _entering_scalars.lower(hoisted, centre, carry_shapes(hoisted), weights).compile()
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _entering_scalars(hoisted: Hoisted | Recomputed, centre: Array, carry: Any, row_weights: Array) -> Array:
     outputs, pull = jax.vjp(lambda theta: hoisted.late(theta, carry), centre)
@@ -238,10 +244,26 @@ def linearise(
     ``slopes[k, i, o]`` is the derivative of output ``o`` of row ``i`` in the
     scalar ``slots[k, o]``, zero for an unused slot.
     """
-    missing = -len(slots) % SEEDS_PER_BLOCK if len(slots) > SEEDS_PER_BLOCK else 0
+    missing = _num_seeds(len(slots)) - len(slots)
     padded = np.pad(slots, ((0, missing), (0, 0)), constant_values=len(centre))
     values, slopes = _linearise(hoisted, centre, carry, padded)
     return np.asarray(values), np.asarray(slopes)[: len(slots)]
+
+
+def compile_ahead(hoisted: Hoisted, size: int, num_outputs: int) -> None:
+    """Compile ``linearise`` for ``theta`` (size,), of which each output has scalars of its own, as many as others."""
+    centre, slots = jax.ShapeDtypeStruct((size,), np.float32), _num_seeds(-(-size // num_outputs))
+    _linearise.lower(hoisted, centre, carry_shapes(hoisted), np.zeros((slots, num_outputs), np.int32)).compile()
+
+
+def _num_seeds(num_slots: int) -> int:
+    """Columns that are computed for ``num_slots``: all of a block, where one does not do."""
+    return num_slots if num_slots <= SEEDS_PER_BLOCK else -(-num_slots // SEEDS_PER_BLOCK) * SEEDS_PER_BLOCK
+
+
+def carry_shapes(hoisted: Hoisted) -> list[jax.ShapeDtypeStruct]:
+    """Shapes of what ``hoisted.early`` returns."""
+    return [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in hoisted.carry_avals]
 
 
 @functools.partial(jax.jit, static_argnums=0)

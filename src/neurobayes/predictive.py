@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import data, trees
+from . import data, linearity, trees
 from ._threads import side_by_side
 from ._typing import Array, Params, State
 from .hoisting import Hoisted, hoist_network
@@ -33,6 +33,9 @@ MAX_DRAWS_PER_BLOCK = 256
 MAX_ROWS_PER_BLOCK = 512
 """Rows of a block at most: more blocks keep all cores busy, and their activations in the cache."""
 
+
+CHEAP_ROW_BYTES = 2**12
+"""Where the largest activation of a row is no larger, blocks of rows are padded generously: to 8, 64 or 512 rows."""
 
 MAX_HALVINGS = 60
 QUANTILE_TOLERANCE = 1e-4
@@ -171,15 +174,33 @@ def noisy_moments(source: Source, x: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _analytic_moments(source: Source, analytic: Analytic, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    parts, num_rows, rows = [], len(x), _rows(source, x)
-    if num_rows < rows:  # cheap enough to be padded to few sizes: adding or taking away rows compiles next to nothing
-        rows = min(rows, 1 << max(3, (num_rows - 1).bit_length()))
-        x = data.pad_rows(x, rows)
+    parts, num_rows, rows = [], len(x), _analytic_rows(source, x)
+    x = data.pad_rows(x, max(rows, num_rows))
     for block, size in _row_blocks(x, rows):
         mean, variance = analytic.moments(*_hoist(source, block))
         parts.append((mean[:size], np.maximum(variance[:size], 0.0)))
     mean, variance = (np.concatenate(values)[:num_rows] for values in zip(*parts, strict=True))
     return mean, variance
+
+
+def _analytic_rows(source: Source, x: Any) -> int:
+    """Rows of a block: of few sizes, so that adding or taking away rows compiles next to nothing."""
+    rows, step = _rows(source, x), 3 if _row_bytes(source, x) <= CHEAP_ROW_BYTES else 1
+    doublings = max(3, (len(x) - 1).bit_length())
+    return min(rows, 1 << -(-doublings // step) * step)
+
+
+def _row_bytes(source: Source, x: Any) -> int:
+    few = probe(*source[:4], x)
+    return few.largest_bytes // few.num_rows
+
+
+def compile_analytic(source: Source, x: Any) -> None:
+    """Compile the moments in closed form of rows like those of ``x``; shapes will do."""
+    shape = (_analytic_rows(source, x), *x.shape[1:])
+    hoisted = hoist_network(*source[:4], jax.ShapeDtypeStruct(shape, x.dtype))
+    hoisted.compile()
+    linearity.compile_ahead(hoisted, source.partition.size, source.noise_std.shape[1])
 
 
 def class_moments(source: Source, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

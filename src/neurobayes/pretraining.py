@@ -1,13 +1,12 @@
 """The deterministic stage of a fit: choose the regularisation where asked, then train on all rows."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
-import jax
 import numpy as np
 
 from . import regularisation, schedules, training
+from ._keys import children
 from ._threads import beside
 from ._typing import Key, Params, State
 from .likelihoods import Likelihood
@@ -92,7 +91,7 @@ def pretrain(
     bounds a length that is not given.
     """
     num_rows = int(np.asarray(rows.real).sum())
-    key, key_search = jax.random.split(key)
+    key, key_search = children(key, 2)
     program, rates = plan_training(network, likelihood, num_rows, options, most_epochs)
     sigma, search = options.sigma, None
     if sigma == "auto" or options.epochs is None:
@@ -113,6 +112,26 @@ def pretrain(
         program, key, rows, settings, learning_rates=rates, collect=collect, on_progress=report
     )
     return Pretrained(result.params, state, result.history, result.statistics, finite(sigma), len(rates), search)
+
+
+def compile_ahead(
+    network: Network,
+    likelihood: Likelihood,
+    key: Key,
+    rows: training.Rows,
+    noise_std: np.ndarray,
+    options: PretrainingOptions,
+    most_epochs: int = DEFAULT_EPOCHS,
+) -> None:
+    """Compile what ``pretrain`` will train with; where a search needs another program than the final run, its."""
+    program, _ = plan_training(network, likelihood, int(np.asarray(rows.real).sum()), options, most_epochs)
+    searched, averages = options.sigma == "auto" or options.epochs is None, options.averaging is not None
+    if searched:
+        program, averages = regularisation.search_program(program), False
+    settings = training.Settings(
+        np.asarray(rows.real, np.float32), np.float32(1.0), np.asarray(noise_std, np.float32), np.int32(0)
+    )
+    training.compile_ahead(program, key, rows, settings, averages=averages)
 
 
 def plan_training(
@@ -145,8 +164,7 @@ def _search(program, key, key_search, rows, noise_std, options, rates, seed):
         program, compiled = regularisation.search_program(program), None
     else:
         settings = training.Settings(np.asarray(rows.real, np.float32), np.float32(1.0), noise)
-        start = functools.partial(training.initialise, program, key, rows.x, None, averages=averages)
-        compiled = beside(lambda: training.compile_ahead(program, *start(), rows, settings))
+        compiled = beside(lambda: training.compile_ahead(program, key, rows, settings, averages=averages))
     search = regularisation.choose(program, key_search, rows, noise, sigmas, rates, seed)
     if compiled is not None:
         compiled()

@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ._compiling import quick_jit
+from ._compiling import QuickJit
+from ._keys import children
 from ._threads import beside, side_by_side
 from ._typing import Key
 from .errors import ConvergenceWarning, TrainingError
@@ -27,7 +28,6 @@ from .training import (
     Progress,
     Rows,
     Settings,
-    blank,
     compile_ahead,
     initialise,
     initialise_members,
@@ -101,7 +101,7 @@ def choose(
     if one_by_one():
         starts, state = _start_one_by_one(program, key, len(weights), rows, Settings(weights[0], np.float32(1), noise))
     else:
-        keys = list(jax.random.split(key, len(weights)))
+        keys = children(key, len(weights))
         start, state = start_members(program, keys, rows, Settings(weights, np.float32(1.0), noise))
         starts, weights = [start], weights[None]
 
@@ -267,9 +267,7 @@ def start_members(
 
     Meanwhile ``run_members`` is compiled for them, with ``settings`` of the kind that they will have.
     """
-    compiled = beside(
-        lambda: compile_ahead(program, *blank(program, keys, rows.x, averages=averages), rows, settings, run_members)
-    )
+    compiled = beside(lambda: compile_ahead(program, keys[0], rows, settings, averages=averages, run=run_members))
     members = initialise_members(program, keys, rows.x, averages=averages)
     compiled()
     return members
@@ -279,13 +277,13 @@ def _start_one_by_one(
     program: Program, key: Key, number: int, rows: Rows, settings: Settings
 ) -> tuple[list[Progress], Any]:
     """As ``start_members`` for ``number`` networks that are not stacked."""
-    compiled = beside(lambda: compile_ahead(program, *blank(program, [key], rows.x, stacked=False), rows, settings))
-    starts = [initialise(program, each, rows.x, None) for each in jax.random.split(key, number)]
+    compiled = beside(lambda: compile_ahead(program, key, rows, settings))
+    starts = [initialise(program, each, rows.x, None) for each in children(key, number)]
     compiled()
     return [progress for progress, _ in starts], starts[0][1]
 
 
-@quick_jit(static_argnums=0)
+@QuickJit
 def run_members(program: Program, progress, state, rows, settings, learning_rates, collect, num_epochs):
     """``run_epochs`` for members that differ in their row weights: (progress, training losses, monitored losses)."""
     axes = Settings(row_weights=0, prior_precision=None, noise_std=None, burn_in=None, patience=None, min_delta=None)

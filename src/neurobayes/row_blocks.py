@@ -110,6 +110,15 @@ def hoist_rows(
     return whole, _join(pieces, axes, num_rows)
 
 
+def compile_ahead(network: Network, partition: RandomPart, params: Params, state: State, x: Any) -> Hoisted:
+    """Compile what ``hoist_rows`` runs for rows like those of ``x``; shapes will do for all arguments."""
+    block = rows_per_block(network, partition, params, state, x)
+    whole = hoist_network(network, partition, params, state, x)
+    if whole.carry_bytes <= CARRY_BUDGET_BYTES:
+        hoist_network(network, partition, params, state, _like(x, min(block, len(x)))).compile()
+    return whole
+
+
 def row_axes(part: Hoisted, whole: Hoisted, part_rows: int, whole_rows: int) -> list[int | None] | None:
     """For each leaf of the carry the axis that runs over the rows, or None where it has none.
 

@@ -19,7 +19,8 @@ import numpy as np
 import optax
 
 from . import weight_statistics
-from ._compiling import quick_jit
+from ._compiling import QuickJit
+from ._threads import beside
 from ._typing import Array, Key, Params, State
 from .convolutions import with_ordered_convolutions
 from .errors import TrainingError
@@ -172,18 +173,30 @@ def initialise_members(
     return stacked._replace(key=jnp.stack([progress.key for progress, _ in starts])), starts[0][1]
 
 
-def blank(
-    program: Program, keys: Sequence[Key], x: Array, *, averages: bool = False, stacked: bool = True
-) -> tuple[Progress, State]:
-    """Zeros in place of what ``initialise_members`` returns, or of ``initialise`` with the first key."""
-    one, state = _initialise.eval_shape(_at_start(program), keys[0], np.zeros((1, *x.shape[1:]), x.dtype), None)
-    members = (len(keys),) if stacked else ()
-    zeros = jax.tree.map(
-        lambda leaf: np.zeros((*members, *leaf.shape), leaf.dtype),
-        _with_room(program, one._replace(key=None), averages),
-    )
-    progress = zeros._replace(key=jnp.stack(keys) if stacked else keys[0])
-    return progress, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state)
+def compile_ahead(
+    program: Program,
+    key: Key,
+    rows: Rows,
+    settings: Settings,
+    *,
+    averages: bool = False,
+    params: Params | None = None,
+    validation: Rows | None = None,
+    run: Any = None,
+) -> None:
+    """Compile what ``run_alone`` runs, or ``run`` for stacked members, before there are any weights."""
+    row = np.zeros((1, *rows.x.shape[1:]), rows.x.dtype)
+    one, state = _initialise.eval_shape(_at_start(program), key, row, params)
+    progress = _with_room(program, one, averages)
+    if run is not None:
+        members = np.shape(settings.row_weights)[:1]
+        progress = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*members, *leaf.shape), leaf.dtype), progress)
+    none = np.zeros((0, num_steps_per_epoch(program, len(rows.real))), np.float32)
+    chunk = pad_chunk(none), pad_chunk(none[:, 0]), np.int32(0)
+    if run is not None:
+        run.compile(program, progress, state, rows, settings, *chunk)
+    else:
+        _run_epochs.compile(program, progress, state, rows, validation, settings, *chunk)
 
 
 def _at_start(program: Program) -> Program:
@@ -200,7 +213,7 @@ def _with_room(program: Program, progress: Progress, averages: bool) -> Progress
     return progress
 
 
-@quick_jit(static_argnums=0)
+@QuickJit
 def _initialise(program: Program, key: Key, x: Array, params: Params | None) -> tuple[Progress, State]:
     key_init, key_run = jax.random.split(key)
     fresh, state = program.network.init(key_init, x)
@@ -355,7 +368,7 @@ def _keep_best(progress: Progress, params: Params, value: Array, min_delta: Arra
     )
 
 
-_run_epochs = quick_jit(static_argnums=0)(run_epochs)
+_run_epochs = QuickJit(run_epochs)
 
 
 def run_alone(program, progress, state, rows, settings, learning_rates, collect, num_epochs, validation=None):
@@ -400,7 +413,12 @@ def train(
     TrainingError
         When the loss stops being finite; nothing is returned.
     """
-    progress, state = initialise(program, key, rows.x, params, averages=collect is not None)
+    averages = collect is not None
+    compiled = beside(
+        lambda: compile_ahead(program, key, rows, settings, averages=averages, params=params, validation=validation)
+    )
+    progress, state = initialise(program, key, rows.x, params, averages=averages)
+    compiled()
     num_epochs = len(learning_rates)
     learning_rates = pad_steps(program, learning_rates, len(rows.real))
     collect = np.zeros(num_epochs, np.float32) if collect is None else collect
@@ -431,14 +449,6 @@ def train(
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.params)):
         raise TrainingError(f"the weights are not finite after epoch {done}. {CAUSES}")
     return result, state
-
-
-def compile_ahead(
-    program: Program, progress: Progress, state: State, rows: Rows, settings: Settings, run: Callable = run_alone
-) -> None:
-    """Have the program that ``run`` runs compiled, by no epochs from ``progress``."""
-    none = np.zeros((0, num_steps_per_epoch(program, len(rows.real))), np.float32)
-    run(program, progress, state, rows, settings, pad_chunk(none), pad_chunk(none[:, 0]), np.int32(0))
 
 
 def pad_chunk(values: np.ndarray) -> np.ndarray:

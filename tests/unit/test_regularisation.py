@@ -238,8 +238,8 @@ def test_what_is_compiled_ahead_is_what_trains(caplog):
     program = Program(as_network(nb.FlaxMLP([7], 1)), Gaussian(), batch_size=8)
     rows, rates = rows_of(*regression("signal")), schedules.learning_rates(0.02, 12, 7)
     settings = Settings(np.asarray(rows.real, np.float32), np.float32(1.0), UNIT_NOISE, np.int32(0))
-    started = training.initialise(program, jax.random.key(0), rows.x, None)
-    training.compile_ahead(program, *started, rows, settings)
+    training.initialise(program, jax.random.key(0), rows.x, None)
+    training.compile_ahead(program, jax.random.key(0), rows, settings)
     with jax.log_compiles(), caplog.at_level("WARNING"):
         train(program, jax.random.key(1), rows, settings, learning_rates=rates)
     assert [r.message for r in caplog.records if "Finished XLA compilation" in r.message] == []

@@ -241,6 +241,14 @@ def examine(log_density: LogDensity) -> tuple[str, Design | None]:
     )  # fmt: skip
 
 
+def compile_ahead(hoisted: Any, size: int, num_rows: int, num_outputs: int, noise_prior: Any) -> None:
+    """Compile what a ``LastLayer`` run will, for random weights ``(size,)`` that are likely to enter linearly."""
+    if num_outputs > 1:
+        linearity.compile_entering(hoisted, size, num_rows)
+    linearity.compile_ahead(hoisted, size, num_outputs)
+    _noise_prior(np.zeros((1, num_outputs)), noise_prior)
+
+
 def _spectra(design: Design) -> list[Spectrum]:
     """One spectrum for each output; outputs with equal features and priors share a decomposition."""
     groups: list[tuple[np.ndarray, np.ndarray, list[int]]] = []

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from .. import backbones, linearity, out_of_fold, predictive, priors, regularisation, selectors, trees
+from .._threads import beside
 from .._typing import Key, Params, State
 from ..backbones import Backbones
 from ..checkpoint import Checkpoint
@@ -19,6 +20,7 @@ from ..inference.auto import Auto
 from ..inference.base import Engine
 from ..inference.last_layer import MAX_SCALARS, LastLayer
 from ..networks.base import Network
+from ..partition import Partition
 from ..pretraining import (
     DEFAULT_EPOCHS,
     Pretrained,
@@ -26,6 +28,9 @@ from ..pretraining import (
     default_batch_size,
     default_epochs,
     pretrain,
+)
+from ..pretraining import (
+    compile_ahead as compile_alone,
 )
 from . import resuming
 from .base import abstract_key
@@ -117,7 +122,9 @@ def train(
         return _ensemble(plan, key, seed, options, report, checkpoint)
     pretrained = None
     if checkpoint is not None:
-        pretrained = resuming.load_trained(checkpoint, plan.template, _state_template(plan, key))
+        pretrained = resuming.load_trained(
+            checkpoint, plan.template, state_template(plan.network, plan.prepared.rows.x)
+        )
     if pretrained is None:
         pretrained = pretrain(
             plan.network, plan.likelihood, key, rows, _assumed_noise(plan), options, seed=seed,
@@ -128,15 +135,38 @@ def train(
     return Stage([pretrained.params], pretrained.state, [pretrained], real[None], _ONE_PART, None)
 
 
+def compile_ahead(plan: Any, key: Key, options: PretrainingOptions) -> bool:
+    """Start to compile what ``train`` will run, on a core that is free for it, and say whether that was done.
+
+    ``key`` may be any.
+    """
+    if plan.warm is not None or plan.weights is not None or not regularisation.one_by_one():
+        return False
+    options = dataclasses.replace(options, track_statistics=plan.needs_statistics)
+    rows, noise, longest = plan.prepared.rows, _assumed_noise(plan), _longest(plan, options)
+    if plan.num_backbones > 1:
+        beside(lambda: backbones.compile_ahead(
+            plan.network, plan.likelihood, key, rows, noise, options, plan.num_backbones,
+            min(backbones.MOST_EPOCHS, longest),
+        ))  # fmt: skip
+    else:
+        beside(lambda: compile_alone(
+            plan.network, plan.likelihood, key, rows, noise, options, min(DEFAULT_EPOCHS, longest)
+        ))  # fmt: skip
+    return True
+
+
 def _ensemble(plan, key, seed, options, report, checkpoint) -> Stage:
     rows = plan.prepared.rows
     ensemble = None
     if checkpoint is not None:
-        ensemble = resuming.load_backbones(checkpoint, plan.template, _state_template(plan, key))
+        ensemble = resuming.load_backbones(
+            checkpoint, plan.template, state_template(plan.network, plan.prepared.rows.x)
+        )
     if ensemble is None:
         ensemble = backbones.train_backbones(
             plan.network, plan.likelihood, key, rows, _assumed_noise(plan), options, plan.num_backbones,
-            stacked=plan.exact, seed=seed, most_epochs=min(backbones.MOST_EPOCHS, _longest(plan, options)),
+            stacked=plan.exact is not None, seed=seed, most_epochs=min(backbones.MOST_EPOCHS, _longest(plan, options)),
             on_progress=_reporter(report),
         )  # fmt: skip
         if checkpoint is not None:
@@ -227,8 +257,9 @@ def target_scale(rows: Any) -> np.ndarray:
     return priors.target_scale(np.asarray(rows.y), np.asarray(rows.real))
 
 
-def _state_template(plan: Any, key: Key) -> State:
-    return jax.eval_shape(plan.network.init, key, plan.prepared.rows.x[:1])[1]
+def state_template(network: Network, x: Any) -> State:
+    """Shapes of the network's state for rows like those of ``x``."""
+    return jax.eval_shape(network.init, abstract_key(), jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype))[1]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -256,10 +287,10 @@ def _warn_of_units(plan: Any, state: State) -> None:
 
 
 class Bayesian(NamedTuple):
-    """What is known before training of the Bayesian part: how many weights, and whether their posterior is exact."""
+    """What is known before training of the Bayesian part: how many weights, and which if their posterior is exact."""
 
     size: int
-    exact: bool
+    exact: Partition | None = None
 
 
 def foresee(
@@ -272,15 +303,16 @@ def foresee(
     """
     selected = 0 if config is None else len(config.layer_names or ()) * config.num_pairs_per_layer
     if choice is None or choice.stands_alone:
-        return Bayesian(selected, False)
+        return Bayesian(selected)
     partition = resolve_untrained(choice, info, template)
     solvable = gaussian and (engine is None or isinstance(engine, Auto | LastLayer))
     if not solvable or config is not None or partition.size > MAX_SCALARS:
-        return Bayesian(partition.size + selected, False)
+        return Bayesian(partition.size + selected)
     row = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
     params, state = jax.eval_shape(network.init, abstract_key(), row)
     hoisted = hoist_network(network, partition, params, state, row)
-    return Bayesian(partition.size, linearity.late_is_affine(hoisted, partition.size, hoisted.carry_avals))
+    affine = linearity.late_is_affine(hoisted, partition.size, hoisted.carry_avals)
+    return Bayesian(partition.size, partition if affine else None)
 
 
 def how_many(network: Network, prepared: Any, wanted: int | str, bayesian: Bayesian) -> int:
@@ -290,7 +322,7 @@ def how_many(network: Network, prepared: Any, wanted: int | str, bayesian: Bayes
     """
     if wanted != "auto":
         return min(int(wanted), prepared.num_rows)
-    if not bayesian.exact:
+    if bayesian.exact is None:
         few = bayesian.size > MANY_SAMPLED
         return min(2 if few else SAMPLED_BACKBONES, prepared.num_rows)
     steps = -(-prepared.num_rows // (default_batch_size(prepared.num_rows, None) or prepared.num_rows))

@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from .. import _checks, log_density, priors, row_blocks, selection, selectors, trees
+from .. import _checks, log_density, predictive, priors, row_blocks, selection, selectors, trees
+from .._keys import as_seed, children
 from .._threads import side_by_side
 from .._typing import Key, Params
 from ..backbones import Backbones
@@ -24,12 +25,14 @@ from ..checkpoint import Checkpoint
 from ..data import Scaling
 from ..diagnostics import Diagnostics, combine
 from ..errors import MemoryBudgetWarning, OptionError
+from ..inference import last_layer
 from ..inference.base import Engine
 from ..inference.empirical_prior import learn_scales
 from ..likelihoods import Gaussian, Likelihood
 from ..mixture import Mixture, member_moments, member_probabilities
 from ..networks.base import Network
 from ..out_of_fold import OutOfFold, calibrate_temperature, calibrate_variance
+from ..partition import Partition
 from ..posterior import Posterior, joined
 from ..predictive import Source
 from ..pretraining import Pretrained, PretrainingOptions
@@ -108,7 +111,7 @@ class Plan:
     learns_prior: bool
     template: Params
     num_backbones: int
-    exact: bool
+    exact: Partition | None
     noise_varies: bool
     warm: Fitted | None = None
 
@@ -229,14 +232,16 @@ def _data_and_weights(
 def run(plan: Plan, key: Key, options: PretrainingOptions, sampling: Sampling, report: Report) -> Fitted:
     """Train, choose, sample and judge."""
     started = time.perf_counter()
-    key_train, key_sample, seed = _stage_keys(key)
-    seed = int(seed) if plan.warm is None else plan.warm.seed
+    if deterministic_stage.compile_ahead(plan, key, options) and plan.exact is not None:
+        _compile_exact(plan, plan.exact)
+    key_train, key_sample, key_folds = children(key, 3)
+    seed = as_seed(key_folds) if plan.warm is None else plan.warm.seed
     checkpoint = None
     if sampling.checkpoint_dir is not None:
         checkpoint = Checkpoint(sampling.checkpoint_dir, resuming.run_identity(plan, key, options, sampling))
     stage = deterministic_stage.train(plan, key_train, seed, options, report, checkpoint)
     trained = time.perf_counter()
-    share = sampling.shared(len(stage.params), exact=plan.exact)
+    share = sampling.shared(len(stage.params), exact=plan.exact is not None)
     arguments = plan, stage, key_train, key_sample, share, report, checkpoint
     first = _sample_member(0, *arguments)
     others = [(number, *arguments) for number in range(1, len(stage.params))]
@@ -281,12 +286,12 @@ def _sample_member(
     params = stage.params[number]
     warm = None if plan.warm is None else plan.warm.members[number]
     if len(stage.params) > 1:
-        key_sample = jax.random.fold_in(key_sample, number)
+        key_sample = children(key_sample, len(stage.params))[number]
         if checkpoint is not None:
             checkpoint = Checkpoint(checkpoint.folder / f"backbone-{number:02d}", checkpoint.fingerprint)
     noise = stage.starting_noise(plan, number)
     if warm is None:
-        partition = _choose(plan, jax.random.fold_in(key_train, 1), stage, number, noise)
+        partition = _choose(plan, children(key_train, 2)[1], stage, number, noise)
     else:
         partition = warm.source.partition
     if checkpoint is not None:
@@ -333,12 +338,6 @@ def _prepare(
     return prepare(network, X, y, standardize=bool(standardize), scaling=known, earlier=earlier, **scale_as)
 
 
-@jax.jit
-def _stage_keys(key: Key):
-    key_train, key_sample, key_folds = jax.random.split(key, 3)
-    return key_train, key_sample, jax.random.bits(key_folds)
-
-
 def _choose(plan: Plan, key: Key, stage: Stage, number: int, noise: np.ndarray) -> RandomPart:
     """The random part of a trained network; rows that it left out have no say."""
     statistics, sigma, pretrained = plan.statistics, None, stage.pretrained[number]
@@ -354,10 +353,8 @@ def _choose(plan: Plan, key: Key, stage: Stage, number: int, noise: np.ndarray) 
 
 def _density(plan: Plan, partition: RandomPart, params: Params, stage: Stage, number: int, noise: np.ndarray):
     """The log density of a backbone's Bayesian part given the rows it was trained on, and the trained position."""
-    rows, noise_prior = plan.prepared.rows, plan.noise_prior
-    if stage.ensemble is not None and plan.noise_is_default and plan.noise_prior is not None:
-        # A backbone's own rows would say that there is hardly any noise: it has learnt them. Others measured it.
-        noise_prior = priors.known_noise_prior(noise, plan.prepared.num_rows)
+    rows = plan.prepared.rows
+    noise_prior = plan.noise_prior if stage.ensemble is None else _ensemble_noise_prior(plan, noise)
     prior = priors.weight_prior(partition, params, plan.priors_sigma, plan.prior_mean)
     density = log_density.build(
         plan.network, partition, params, stage.state, rows.x, rows.y, stage.row_weights[number],
@@ -382,6 +379,25 @@ def _density(plan: Plan, partition: RandomPart, params: Params, stage: Stage, nu
         std = (prior.std * np.repeat(factors, blocks)).astype(np.float32)
         density = dataclasses.replace(density, terms=density.terms._replace(prior=prior._replace(std=std)))
     return density, start
+
+
+def _ensemble_noise_prior(plan: Plan, noise: np.ndarray) -> Any:
+    """A backbone's own rows would say that there is hardly any noise: it has learnt them. Others measured it."""
+    if not plan.noise_is_default or plan.noise_prior is None:
+        return plan.noise_prior
+    return priors.known_noise_prior(noise, plan.prepared.num_rows)
+
+
+def _compile_exact(plan: Plan, partition: Partition) -> None:
+    """Compile what the exact posterior of each backbone and its predictions will run."""
+    rows, num_outputs = plan.prepared.rows, plan.prepared.num_outputs
+    state = deterministic_stage.state_template(plan.network, rows.x)
+    hoisted = row_blocks.compile_ahead(plan.network, partition, plan.template, state, rows.x)
+    noise = np.ones(num_outputs, np.float32)
+    noise_prior = plan.noise_prior if plan.num_backbones == 1 else _ensemble_noise_prior(plan, noise)
+    last_layer.compile_ahead(hoisted, partition.size, len(rows.real), num_outputs, noise_prior)
+    source = Source(plan.network, partition, plan.template, state, np.zeros((0, 0)), np.zeros((0, num_outputs)))
+    predictive.compile_analytic(source, rows.x)
 
 
 def _prior_stds(partition: RandomPart, density: log_density.LogDensity) -> dict[str, float]:
