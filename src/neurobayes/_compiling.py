@@ -8,16 +8,24 @@ from typing import Any
 import jax
 
 
-class QuickJit:
-    """``jax.jit`` for programs that a user waits for: on a CPU, by LLVM's first level of optimisation.
+def compiler_options(level: int = 1) -> dict[str, Any] | None:
+    """Options of ``jax.jit`` for programs that a user waits for: on a CPU, LLVM's optimisation at a low level.
 
-    XLA's own passes and the matrix products of its library are as always; the compilation takes a third less time,
-    and training ran as fast as with the usual third level on every size that was tried. The first argument is static.
+    XLA's own passes and the matrix products of its library are as always. At the first level compilation takes a
+    third less time, and training ran as fast as with the usual third level on every size that was tried; level 0
+    takes half, for what runs a few times on little.
+    """
+    return {"xla_backend_optimization_level": level} if jax.default_backend() == "cpu" else None
+
+
+class QuickJit:
+    """``jax.jit`` with ``compiler_options``; the first argument is static.
+
     Not to be called within another compiled function.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
+    def __init__(self, function: Callable[..., Any], level: int = 1) -> None:
+        self._function, self._level = function, level
         functools.update_wrapper(self, function)
 
     def __call__(self, *arguments: Any) -> Any:
@@ -38,8 +46,7 @@ class QuickJit:
 
     @functools.cache  # noqa: B019 - instances are module-level functions
     def _jitted(self, backend: str) -> Any:
-        level = {"xla_backend_optimization_level": 1} if backend == "cpu" else None
-        return jax.jit(self._function, static_argnums=0, compiler_options=level)
+        return jax.jit(self._function, static_argnums=0, compiler_options=compiler_options(self._level))
 
     @functools.lru_cache(maxsize=64)  # noqa: B019
     def _lock(self, static: Any) -> threading.Lock:

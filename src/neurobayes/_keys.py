@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+from ._compiling import QuickJit
 from ._typing import Array, Key
 
 _AT_ONCE = 32
@@ -10,15 +11,13 @@ _AT_ONCE = 32
 
 def children(key: Key, number: int) -> list[Key]:
     """``number`` keys out of one, those of ``jax.random.split``, by one compiled program for all usual numbers."""
-    words = np.asarray(_split(key, max(_AT_ONCE, number)))[:number]
+    words = np.asarray(_split(max(_AT_ONCE, number), key))[:number]
     return [jax.random.wrap_key_data(each, impl=jax.random.key_impl(key)) for each in words]
 
 
-def _split_fn(key: Key, number: int) -> Array:
+@QuickJit
+def _split(number: int, key: Key) -> Array:
     return jax.random.key_data(jax.random.split(key, number))
-
-
-_split = jax.jit(_split_fn, static_argnums=1)
 
 
 def as_seed(key: Key) -> int:

@@ -33,9 +33,10 @@ def with_ordered_convolutions(function: Callable[..., Any]) -> Callable[..., Any
         if jax.default_backend() != "cpu":
             return function(*arguments)
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
-        if not has_convolution(closed.jaxpr):
-            return function(*arguments)
-        outputs = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(arguments))
+        if has_convolution(closed.jaxpr):
+            outputs = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(arguments))
+        else:
+            outputs = jex.jaxpr_as_fun(closed)(*jax.tree.leaves(arguments))
         return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
 
     return ordered

@@ -15,6 +15,7 @@ import jax
 import jax.extend.core as jex
 import numpy as np
 
+from ._compiling import compiler_options
 from ._equations import is_drop
 from ._typing import Array, Params, State
 from .networks.base import Network
@@ -49,7 +50,8 @@ class Hoisted:
         early = jaxpr.replace(constvars=constvars, invars=frozen_vars, outvars=carried, eqns=before)
         late = jaxpr.replace(constvars=[], invars=[*theta_vars, *carried], outvars=outvars, eqns=after)
         self._out_tree = jax.tree.structure(out_shape)
-        self._early = jax.jit(jex.jaxpr_as_fun(jex.ClosedJaxpr(early, [*consts, *inner_consts.values()])))
+        before_theta = jex.jaxpr_as_fun(jex.ClosedJaxpr(early, [*consts, *inner_consts.values()]))
+        self._early = jax.jit(before_theta, compiler_options=compiler_options())
         self._late = jex.jaxpr_as_fun(jex.ClosedJaxpr(late, []))
         self.num_late_equations = len(after)
         self.num_early_equations = len(before)

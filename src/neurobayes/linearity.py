@@ -16,6 +16,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
+from ._compiling import QuickJit
 from ._typing import Array
 from .hoisting import CALL_PRIMITIVES, Hoisted
 from .row_blocks import Recomputed
@@ -253,7 +254,7 @@ def linearise(
 def compile_ahead(hoisted: Hoisted, size: int, num_outputs: int) -> None:
     """Compile ``linearise`` for ``theta`` (size,), of which each output has scalars of its own, as many as others."""
     centre, slots = jax.ShapeDtypeStruct((size,), np.float32), _num_seeds(-(-size // num_outputs))
-    _linearise.lower(hoisted, centre, carry_shapes(hoisted), np.zeros((slots, num_outputs), np.int32)).compile()
+    _linearise.compile(hoisted, centre, carry_shapes(hoisted), np.zeros((slots, num_outputs), np.int32))
 
 
 def _num_seeds(num_slots: int) -> int:
@@ -266,7 +267,7 @@ def carry_shapes(hoisted: Hoisted) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in hoisted.carry_avals]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@QuickJit
 def _linearise(hoisted: Hoisted | Recomputed, centre: Array, carry: Any, slots: Array) -> tuple[Array, Array]:
     values, push = jax.linearize(lambda theta: hoisted.late(theta, carry), centre)
 

@@ -9,6 +9,7 @@ posterior over its last layer can undo that.
 """
 
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -222,21 +223,29 @@ class _Run:
 
 def _follow(runs: list[_Run], rates: np.ndarray, perfect: float | None, num_rows: int) -> None:
     """Train all scales side by side, until each has ended, is past its best, or is hopeless."""
-    alive = runs
-    for first in range(0, len(rates), EPOCHS_PER_CALL):
-        chunk = rates[first : first + EPOCHS_PER_CALL]
+    alive, ends = runs, _ends(len(rates))
+    for first, last in itertools.pairwise((0, *ends)):
+        chunk = rates[first:last]
         tasks = [(run, number) for run in alive for number in range(len(run.watched))]
         side_by_side(lambda run, number, chunk=chunk: run.advance(number, chunk), tasks, compiled=True)
         for run in alive:
             run.record()
         least = min(run.curve.min() for run in runs)
-        allowed = hopeless((first + len(chunk)) / len(rates), num_rows)
+        allowed = hopeless(last / len(rates), num_rows)
         alive = [
             run for run in alive
             if not run.is_past_its_best and not _gap(run.curve.min(), least, perfect) > allowed
         ]  # fmt: skip
         if not alive:
             break
+
+
+def _ends(num_epochs: int) -> list[int]:
+    """Epochs after which the scales are compared: soon at first, when most of the hopeless are known."""
+    soon = [EPOCHS_PER_CALL // 4, EPOCHS_PER_CALL // 2]
+    return [end for end in (*soon, *range(EPOCHS_PER_CALL, num_epochs, EPOCHS_PER_CALL)) if end < num_epochs] + [
+        num_epochs
+    ]
 
 
 def _gap(loss: float, best: float, perfect: float | None) -> float:

@@ -10,6 +10,7 @@ members with different values can be trained together under ``vmap``.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import weight_statistics
+from . import trees, weight_statistics
 from ._compiling import QuickJit
 from ._threads import beside
 from ._typing import Array, Key, Params, State
@@ -30,6 +31,12 @@ from .weight_statistics import Statistics, TrainingStatistics
 
 MONITOR_ROWS = 1024
 """Rows put through the network at once when the loss of unseen or validation rows is measured."""
+
+FEW_WEIGHTS = 2**18
+"""Numbers, those of the optimiser included, that are initialised in less time than it takes to compile well."""
+
+FLAT_WEIGHTS = 2**14
+"""Most weights that the optimiser takes as one vector: to copy more would take longer than it saves."""
 
 EPOCHS_PER_CALL = 128
 """Epochs run by one compiled call at most; between calls progress is shown and losses are checked."""
@@ -122,9 +129,22 @@ def make_optimizer(choice: str | optax.GradientTransformation) -> optax.Gradient
     if choice == "lbfgs":
         return optax.with_extra_args_support(optax.lbfgs())
     if isinstance(choice, str):
-        named = {"adam": optax.scale_by_adam, "sgd": optax.identity}
+        named = {"adam": _adam, "sgd": optax.identity}
         return optax.with_extra_args_support(named[choice]())
     return optax.with_extra_args_support(choice)
+
+
+def _adam() -> optax.GradientTransformation:
+    """Adam; for few weights with all of them as one vector, whose step compiles and runs faster than that of leaves."""
+    plain, flat = optax.scale_by_adam(), optax.flatten(optax.scale_by_adam())
+
+    def fitting(params: Params) -> optax.GradientTransformation:
+        return flat if trees.num_scalars(params) <= FLAT_WEIGHTS else plain
+
+    def update(updates, state, params=None):
+        return fitting(updates).update(updates, state, params)
+
+    return optax.GradientTransformation(lambda params: fitting(params).init(params), update)
 
 
 def objective(
@@ -158,7 +178,10 @@ def initialise(
 
     ``params`` overrides the random initialisation; ``averages`` makes room for an average of the weights.
     """
-    progress, state = _initialise(_at_start(program), key, np.zeros((1, *x.shape[1:]), x.dtype), params)
+    arguments = _at_start(program), key, np.zeros((1, *x.shape[1:]), x.dtype), params
+    shapes = jax.tree.leaves(_initialise.eval_shape(*arguments))
+    few = sum(math.prod(leaf.shape) for leaf in shapes) <= FEW_WEIGHTS
+    progress, state = (_initialise_few if few else _initialise)(*arguments)
     return _with_room(program, progress, averages), state
 
 
@@ -213,8 +236,8 @@ def _with_room(program: Program, progress: Progress, averages: bool) -> Progress
     return progress
 
 
-@QuickJit
-def _initialise(program: Program, key: Key, x: Array, params: Params | None) -> tuple[Progress, State]:
+def initialise_fn(program: Program, key: Key, x: Array, params: Params | None) -> tuple[Progress, State]:
+    """As ``initialise`` for one row ``x``, to be compiled."""
     key_init, key_run = jax.random.split(key)
     fresh, state = program.network.init(key_init, x)
     start: Any = fresh if params is None else params
@@ -226,6 +249,10 @@ def _initialise(program: Program, key: Key, x: Array, params: Params | None) -> 
         None, jnp.float32(jnp.inf), jnp.int32(0), None, jnp.zeros((), jnp.float32), statistics,
     )  # fmt: skip
     return progress, state
+
+
+_initialise = QuickJit(initialise_fn)
+_initialise_few = QuickJit(initialise_fn, level=0)
 
 
 def _step(program, progress, state, rows, settings, num_rows, learning_rate):

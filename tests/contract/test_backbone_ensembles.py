@@ -13,7 +13,7 @@ import scipy.special
 import scipy.stats
 
 import neurobayes as nb
-from neurobayes import mixture, predictive
+from neurobayes import _threads, mixture, predictive
 from neurobayes.diagnostics import combine
 from neurobayes.errors import CalibrationWarning, CheckpointError, ConvergenceWarning, DataError, OptionError
 from neurobayes.models import deterministic_stage, fitting, resuming
@@ -641,3 +641,30 @@ def test_coverage_is_better_than_that_of_one_backbone():
     standard_error = np.sqrt(0.25 / 400)
     assert inside["auto"] > inside[1] + 4 * standard_error
     assert inside["auto"] > 0.85
+
+
+@pytest.mark.parametrize("num_backbones", [1, 3])
+@pytest.mark.parametrize("width", [1, 2])
+def test_what_follows_training_is_compiled_before_it(num_backbones, width, caplog, monkeypatch):
+    """Beside the training's own program: afterwards the exact posterior and its predictions compile nothing big."""
+    monkeypatch.setattr(_threads.os, "cpu_count", lambda: 1)  # what other threads compile is not logged
+    generator = np.random.default_rng(0)
+    X = generator.normal(size=(41, 3))
+    y = X[:, :1] * np.ones(width) + 0.1 * generator.normal(size=(41, width))
+    trained = []
+    train = deterministic_stage.train
+
+    def noting(*arguments):
+        stage = train(*arguments)
+        trained.append(len(caplog.records))
+        return stage
+
+    monkeypatch.setattr(deterministic_stage, "train", noting)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        model = fit(X, y, width, num_backbones=num_backbones, options={**EXACT, "map_sigma": 1.0})
+        model.predict(X[:20])
+    messages = [record.message for record in caplog.records[trained[0] :]]
+    compiled = [message for message in messages if "Finished XLA compilation" in message]
+    big = ("run_", "_linearise", "jaxpr_as_fun", "_evaluate_noise_prior", "_entering", "initialise", "_split")
+    assert [message for message in compiled if any(name in message for name in big)] == []
+    assert len(compiled) < 12, compiled

@@ -197,21 +197,30 @@ class TestScalesThatFallBehind:
         return [len(run.curve) for run in runs]
 
     def test_the_hopeless_end_and_the_near_go_on(self):
-        assert self.followed(1.0, 1.05, 2.0) == [512, 512, 128]
+        assert self.followed(1.0, 1.05, 2.0) == [512, 512, 32]
 
     def test_the_gap_is_that_of_errors_however_small_they_are(self):
-        assert self.followed(1e-3, 1.05e-3, 2e-3) == [512, 512, 128]
+        assert self.followed(1e-3, 1.05e-3, 2e-3) == [512, 512, 32]
 
     def test_other_losses_are_compared_as_they_are(self):
         assert self.followed(1e-3, 2e-3, perfect=None) == [512, 512]
-        assert self.followed(1.0, 2.0, perfect=None) == [512, 128]
+        assert self.followed(1.0, 2.0, perfect=None) == [512, 32]
 
     def test_few_rows_decide_less(self):
         assert self.followed(1.0, 1.3) == [512, 128]
         assert self.followed(1.0, 1.3, num_rows=20) == [512, 512]
 
+    def test_more_is_allowed_to_those_that_may_catch_up(self):
+        assert self.followed(1.0, 1.7) == [512, 64]  # 0.27 nats behind
+        assert self.followed(1.0, 1.7, perfect=None) == [512, 32]
+
+    def test_the_looks_are_at_fixed_epochs_and_the_last_at_the_end(self):
+        assert regularisation._ends(300) == [32, 64, 128, 256, 300]
+        assert regularisation._ends(64) == [32, 64]
+        assert regularisation._ends(7) == [7]
+
     def test_one_that_blows_up_ends_alone(self):
-        assert self.followed(np.inf, 1.0) == [128, 512]
+        assert self.followed(np.inf, 1.0) == [32, 512]
 
     def test_errors_below_rounding_are_all_the_same(self):
         assert self.followed(1e-9, 1e-7) == [512, 512]
