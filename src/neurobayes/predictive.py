@@ -175,7 +175,7 @@ def noisy_moments(source: Source, x: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 def _analytic_moments(source: Source, analytic: Analytic, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     parts, num_rows, rows = [], len(x), _analytic_rows(source, x)
-    x = data.pad_rows(x, max(rows, num_rows))
+    x = data.pad_rows(x, rows) if num_rows < rows else x
     for block, size in _row_blocks(x, rows):
         mean, variance = analytic.moments(*_hoist(source, block))
         parts.append((mean[:size], np.maximum(variance[:size], 0.0)))

@@ -23,20 +23,8 @@ from ._threads import beside, side_by_side
 from ._typing import Key
 from .errors import ConvergenceWarning, TrainingError
 from .likelihoods import LOG_2PI, Categorical, Gaussian
-from .training import (
-    EPOCHS_PER_CALL,
-    Program,
-    Progress,
-    Rows,
-    Settings,
-    compile_ahead,
-    initialise,
-    initialise_members,
-    pad_chunk,
-    pad_steps,
-    run_alone,
-    run_epochs,
-)
+from .training import compile_ahead, initialise, initialise_members, pad_chunk, pad_steps, run_alone
+from .training_steps import EPOCHS_PER_CALL, Program, Progress, Rows, Settings, run_epochs
 
 SIGMA_GRID = (0.1, 0.3, 1.0, 3.0)
 """Prior standard deviations tried by ``map_sigma="auto"``, for noise of one standard deviation of the target."""

@@ -110,12 +110,16 @@ def hoist_rows(
     return whole, _join(pieces, axes, num_rows)
 
 
-def compile_ahead(network: Network, partition: RandomPart, params: Params, state: State, x: Any) -> Hoisted:
-    """Compile what ``hoist_rows`` runs for rows like those of ``x``; shapes will do for all arguments."""
+def compile_ahead(network: Network, partition: RandomPart, params: Params, state: State, x: Any) -> Hoisted | None:
+    """Compile what ``hoist_rows`` runs for rows like those of ``x``, and return what it will, None for ``Recomputed``.
+
+    Shapes will do for all arguments.
+    """
     block = rows_per_block(network, partition, params, state, x)
     whole = hoist_network(network, partition, params, state, x)
-    if whole.carry_bytes <= CARRY_BUDGET_BYTES:
-        hoist_network(network, partition, params, state, _like(x, min(block, len(x)))).compile()
+    if whole.carry_bytes > CARRY_BUDGET_BYTES:
+        return None
+    hoist_network(network, partition, params, state, _like(x, min(block, len(x)))).compile()
     return whole
 
 

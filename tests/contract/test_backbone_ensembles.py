@@ -668,3 +668,18 @@ def test_what_follows_training_is_compiled_before_it(num_backbones, width, caplo
     big = ("run_", "_linearise", "jaxpr_as_fun", "_evaluate_noise_prior", "_entering", "initialise", "_split")
     assert [message for message in compiled if any(name in message for name in big)] == []
     assert len(compiled) < 12, compiled
+
+
+@pytest.mark.parametrize("num_backbones", [1, 3])
+def test_training_that_a_checkpoint_holds_is_not_compiled(num_backbones, data, tmp_path, monkeypatch):
+    asked, compile_ahead = [], deterministic_stage.compile_ahead
+
+    def noting(*arguments):
+        asked.append(arguments)
+        return compile_ahead(*arguments)
+
+    monkeypatch.setattr(deterministic_stage, "compile_ahead", noting)
+    options = {**EXACT, "checkpoint_dir": tmp_path / "run"}
+    first, again = (fit(*data, num_backbones=num_backbones, options=options) for _ in range(2))
+    assert len(asked) == 1
+    np.testing.assert_array_equal(first.predict(data[0])[0], again.predict(data[0])[0])

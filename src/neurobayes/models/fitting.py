@@ -232,13 +232,13 @@ def _data_and_weights(
 def run(plan: Plan, key: Key, options: PretrainingOptions, sampling: Sampling, report: Report) -> Fitted:
     """Train, choose, sample and judge."""
     started = time.perf_counter()
-    if deterministic_stage.compile_ahead(plan, key, options) and plan.exact is not None:
-        _compile_exact(plan, plan.exact)
-    key_train, key_sample, key_folds = children(key, 3)
-    seed = as_seed(key_folds) if plan.warm is None else plan.warm.seed
     checkpoint = None
     if sampling.checkpoint_dir is not None:
         checkpoint = Checkpoint(sampling.checkpoint_dir, resuming.run_identity(plan, key, options, sampling))
+    if checkpoint is None or not resuming.is_trained(checkpoint):
+        _compile_ahead(plan, key, options)
+    key_train, key_sample, key_folds = children(key, 3)
+    seed = as_seed(key_folds) if plan.warm is None else plan.warm.seed
     stage = deterministic_stage.train(plan, key_train, seed, options, report, checkpoint)
     trained = time.perf_counter()
     share = sampling.shared(len(stage.params), exact=plan.exact is not None)
@@ -388,14 +388,21 @@ def _ensemble_noise_prior(plan: Plan, noise: np.ndarray) -> Any:
     return priors.known_noise_prior(noise, plan.prepared.num_rows)
 
 
-def _compile_exact(plan: Plan, partition: Partition) -> None:
-    """Compile what the exact posterior of each backbone and its predictions will run."""
+def _compile_ahead(plan: Plan, key: Key, options: PretrainingOptions) -> None:
+    """Compile what the exact posterior of each backbone and its predictions will run, while a core compiles training.
+
+    Elsewhere, where nothing is compiled beside, all is compiled when it is first run.
+    """
+    partition = plan.exact
+    if not deterministic_stage.compile_ahead(plan, key, options) or partition is None:
+        return
     rows, num_outputs = plan.prepared.rows, plan.prepared.num_outputs
     state = deterministic_stage.state_template(plan.network, rows.x)
     hoisted = row_blocks.compile_ahead(plan.network, partition, plan.template, state, rows.x)
     noise = np.ones(num_outputs, np.float32)
     noise_prior = plan.noise_prior if plan.num_backbones == 1 else _ensemble_noise_prior(plan, noise)
-    last_layer.compile_ahead(hoisted, partition.size, len(rows.real), num_outputs, noise_prior)
+    if hoisted is not None:
+        last_layer.compile_ahead(hoisted, partition.size, len(rows.real), num_outputs, noise_prior)
     source = Source(plan.network, partition, plan.template, state, np.zeros((0, 0)), np.zeros((0, num_outputs)))
     predictive.compile_analytic(source, rows.x)
 

@@ -101,6 +101,11 @@ def save_trained(checkpoint: Checkpoint, pretrained: Pretrained, name: str = _NA
     checkpoint.keep(name, arrays, **facts)
 
 
+def is_trained(checkpoint: Checkpoint) -> bool:
+    """Whether the deterministic stage is over."""
+    return bool(checkpoint.facts(_NAME) or checkpoint.facts(_ENSEMBLE))
+
+
 def load_trained(
     checkpoint: Checkpoint, template: Params, state_template: State, name: str = _NAME
 ) -> Pretrained | None:
