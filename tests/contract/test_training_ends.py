@@ -6,7 +6,7 @@ import numpyro.distributions as dist
 import pytest
 
 import neurobayes as nb
-from neurobayes import row_blocks, training
+from neurobayes import row_blocks, training_steps
 from neurobayes.errors import ConvergenceWarning, OptionError, TrainingError
 from neurobayes.networks import as_network
 from neurobayes.partition import Partition
@@ -24,9 +24,9 @@ def small():
 
 def test_early_stopping_at_the_end_of_a_compiled_chunk():
     model = nb.DeterministicNN(small(), input_shape=3)
-    patience = training.EPOCHS_PER_CALL - 1  # nothing improves by 1e9, so the run lasts patience + 1 epochs
+    patience = training_steps.EPOCHS_PER_CALL - 1  # nothing improves by 1e9, so the run lasts patience + 1 epochs
     model.train(X, Y, 300, validation_data=(X, Y), early_stopping={"patience": patience, "min_delta": 1e9})
-    assert len(model.history["loss"]) == training.EPOCHS_PER_CALL
+    assert len(model.history["loss"]) == training_steps.EPOCHS_PER_CALL
 
 
 def test_a_validation_loss_that_is_never_finite_raises():
@@ -90,7 +90,7 @@ def test_rows_and_positions_in_one_axis_are_not_cut_into_blocks(monkeypatch):
 def test_monitoring_in_blocks_equals_monitoring_at_once(monkeypatch):
     losses = []
     for rows in (1024, 16):
-        monkeypatch.setattr(training, "MONITOR_ROWS", rows)
+        monkeypatch.setattr(training_steps, "MONITOR_ROWS", rows)
         jax.clear_caches()
         model = nb.DeterministicNN(small(), input_shape=3, seed=0)
         losses.append(model.train(X, Y, 5, batch_size=8, validation_data=(X[:21], Y[:21])).history["validation_loss"])
