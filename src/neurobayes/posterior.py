@@ -17,8 +17,11 @@ class Analytic(Protocol):
         """Posterior mean of each output's noise variance, ``(outputs,)``, in working units."""
         ...
 
-    def moments(self, hoisted: Any, carry: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and variance of the outputs, noise not included, each ``(n, outputs)``, for a split forward pass."""
+    def moments(self, hoisted: Any, carry: Any, num_rows: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and variance of the outputs, noise not included, each ``(n, outputs)``, for a split forward pass.
+
+        ``num_rows`` is how many of its rows are wanted, the first ones; all by default.
+        """
         ...
 
 

@@ -177,9 +177,10 @@ def _analytic_moments(source: Source, analytic: Analytic, x: np.ndarray) -> tupl
     parts, num_rows, rows = [], len(x), _analytic_rows(source, x)
     x = data.pad_rows(x, rows) if num_rows < rows else x
     for block, size in _row_blocks(x, rows):
-        mean, variance = analytic.moments(*_hoist(source, block))
-        parts.append((mean[:size], np.maximum(variance[:size], 0.0)))
-    mean, variance = (np.concatenate(values)[:num_rows] for values in zip(*parts, strict=True))
+        # A block may be mostly padding: the posterior's own linear algebra is for the rows alone.
+        mean, variance = analytic.moments(*_hoist(source, block), min(size, num_rows))
+        parts.append((mean, np.maximum(variance, 0.0)))
+    mean, variance = (np.concatenate(values) for values in zip(*parts, strict=True))
     return mean, variance
 
 

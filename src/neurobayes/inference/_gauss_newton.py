@@ -211,9 +211,10 @@ class GaussianApproximation:
     noise_cov: np.ndarray
     noise_var: np.ndarray
 
-    def moments(self, hoisted: Any, carry: Any) -> tuple[np.ndarray, np.ndarray]:
-        """As ``predictive_moments``."""
-        return predictive_moments(self, hoisted, carry)
+    def moments(self, hoisted: Any, carry: Any, num_rows: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """As ``predictive_moments``, of the first ``num_rows``."""
+        mean, variance = predictive_moments(self, hoisted, carry)
+        return mean[:num_rows], variance[:num_rows]
 
     @property
     def is_complete(self) -> bool:

@@ -154,19 +154,22 @@ class Mixture:
         """Posterior mean of each output's noise variance, ``(outputs,)``."""
         return np.array([output.noise_var for output in self.outputs])
 
-    def moments(self, hoisted: Any, carry: Any) -> tuple[np.ndarray, np.ndarray]:
+    def moments(self, hoisted: Any, carry: Any, num_rows: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """As ``analytic_moments``."""
-        return analytic_moments(self, hoisted, carry)
+        return analytic_moments(self, hoisted, carry, num_rows)
 
 
-def analytic_moments(mixture: Mixture, hoisted: Any, carry: Any) -> tuple[np.ndarray, np.ndarray]:
+def analytic_moments(
+    mixture: Mixture, hoisted: Any, carry: Any, num_rows: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Exact posterior mean and variance of the network's outputs (noise not included), each ``(n, outputs)``.
 
     ``hoisted`` and ``carry`` are the split forward pass for the rows wanted, as ``hoisting.hoist_network`` and
-    ``early`` give it.
+    ``early`` give it; ``num_rows`` of them, the first ones, where not all are wanted.
     """
     scalars = np.stack([output.scalars for output in mixture.outputs], axis=1)
     values, slopes = linearity.linearise(hoisted, np.asarray(mixture.prior_mean, np.float32), carry, scalars)
+    values, slopes = values[:num_rows], slopes[:, :num_rows]
     moments = [output.moments(values[:, i], slopes[:, :, i]) for i, output in enumerate(mixture.outputs)]
     mean, variance = (np.stack(parts, axis=1) for parts in zip(*moments, strict=True))
     return mean, variance
