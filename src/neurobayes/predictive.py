@@ -23,7 +23,7 @@ from .likelihoods import mean_noise_var, split_outputs
 from .networks.base import Network
 from .partition import Partition
 from .posterior import Analytic
-from .row_blocks import probe, rows_per_block
+from .row_blocks import probe, row_bytes, rows_per_block
 from .rows_last import RowsLast, with_rows_last
 from .subspaces import RandomPart
 
@@ -186,14 +186,9 @@ def _analytic_moments(source: Source, analytic: Analytic, x: np.ndarray) -> tupl
 
 def _analytic_rows(source: Source, x: Any) -> int:
     """Rows of a block: of few sizes, so that adding or taking away rows compiles next to nothing."""
-    rows, step = _rows(source, x), 3 if _row_bytes(source, x) <= CHEAP_ROW_BYTES else 1
+    rows, step = _rows(source, x), 3 if row_bytes(*source[:4], x) <= CHEAP_ROW_BYTES else 1
     doublings = max(3, (len(x) - 1).bit_length())
     return min(rows, 1 << -(-doublings // step) * step)
-
-
-def _row_bytes(source: Source, x: Any) -> int:
-    few = probe(*source[:4], x)
-    return few.largest_bytes // few.num_rows
 
 
 def compile_analytic(source: Source, x: Any) -> None:

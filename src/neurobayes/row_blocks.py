@@ -66,9 +66,14 @@ def probe(network: Network, partition: RandomPart, params: Params, state: State,
     return hoist_network(network, partition, params, state, _like(x, _PROBE_ROWS))
 
 
+def row_bytes(network: Network, partition: RandomPart, params: Params, state: State, x: Any) -> int:
+    """Bytes of the largest activation, for a row like those of ``x``."""
+    return probe(network, partition, params, state, x).largest_bytes // _PROBE_ROWS
+
+
 def rows_per_block(network: Network, partition: RandomPart, params: Params, state: State, x: Any) -> int:
     """Rows whose largest activation takes about as many bytes as aimed at, a power of two up to ``MAX_BLOCK_ROWS``."""
-    per_row = max(1, probe(network, partition, params, state, x).largest_bytes // _PROBE_ROWS)
+    per_row = max(1, row_bytes(network, partition, params, state, x))
     aim = CPU_BLOCK_BYTES if jax.default_backend() == "cpu" else BLOCK_BYTES
     rows = min(MAX_BLOCK_ROWS, max(_PROBE_ROWS, aim // per_row))
     return 1 << (rows.bit_length() - 1)

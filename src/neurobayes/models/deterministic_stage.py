@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from .. import backbones, linearity, out_of_fold, predictive, priors, regularisation, selectors, trees
+from .. import backbones, linearity, out_of_fold, predictive, pretraining, priors, regularisation, selectors, trees
 from .._threads import beside
 from .._typing import Key, Params, State
 from ..backbones import Backbones
@@ -28,9 +28,6 @@ from ..pretraining import (
     default_batch_size,
     default_epochs,
     pretrain,
-)
-from ..pretraining import (
-    compile_ahead as compile_alone,
 )
 from . import resuming
 from .base import abstract_key
@@ -150,7 +147,7 @@ def compile_ahead(plan: Any, key: Key, options: PretrainingOptions) -> bool:
             min(backbones.MOST_EPOCHS, longest),
         ))  # fmt: skip
     else:
-        beside(lambda: compile_alone(
+        beside(lambda: pretraining.compile_ahead(
             plan.network, plan.likelihood, key, rows, noise, options, min(DEFAULT_EPOCHS, longest)
         ))  # fmt: skip
     return True
