@@ -47,7 +47,8 @@ def tasks(settings: Settings) -> list[Task]:
     found = []
     for method, changes in MODELS.items():
         changed = dataclasses.replace(settings, changes={**changes, **settings.changes})
-        options = options_for("ours", "active", changed, steps=steps, refit=configuration.ACTIVE_REFIT)
+        room = {"room": True} if changes else {}  # compiled at once for all rows there will be
+        options = options_for("ours", "active", changed, steps=steps, refit=configuration.ACTIVE_REFIT, **room)
         found += [
             Task("active", dataset, split, method, options)
             for dataset in TARGETS
@@ -58,7 +59,7 @@ def tasks(settings: Settings) -> list[Task]:
 
 def run(task: Task, folder: Path) -> dict[str, Any]:
     X, y, initial = data.active_pool(folder, task.dataset)
-    steps = learn(X, y, initial[task.split], task.options["steps"], _ours(X, y, task))
+    steps = learn(X, y, initial[task.split], task.options["steps"], _ours(X, y, initial[task.split], task))
     curves = {name: [step[name] for step in steps] for name in steps[0]}
     settled = [step["compilations"] for step in steps[SETTLED_AFTER + 1 :]]
     return {
@@ -99,7 +100,7 @@ def learn(
     return steps
 
 
-def _ours(X: np.ndarray, y: np.ndarray, task: Task) -> FitPredict:
+def _ours(X: np.ndarray, y: np.ndarray, initial: np.ndarray, task: Task) -> FitPredict:
     import warnings
 
     import neurobayes as nb
@@ -109,6 +110,8 @@ def _ours(X: np.ndarray, y: np.ndarray, task: Task) -> FitPredict:
     example = data.Problem(X, y, X, y[:0])
     model = nb.PartialBNN(methods.network_for(example, network), **constructor)
     refit = task.options["refit"]
+    if task.options.get("room"):
+        fit = fit | {"room_for": len(initial) + task.options["steps"]}
 
     def fit_predict(known: np.ndarray, pool: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         nonlocal fit

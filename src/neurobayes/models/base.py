@@ -165,13 +165,13 @@ def prepare(
     outputs_per_target: int = 1,
     scaling: Scaling | None = None,
     earlier: tuple[int, int] | None = None,
+    room_for: int | None = None,
 ) -> Prepared:
     """Check training data, scale it, and pad its rows.
 
-    ``scaling`` is that of given weights; None fits one, or the identity with ``standardize=False``. Rows are padded
-    with room for 5 % more. Where a fit adds rows to an ``earlier`` one, (its rows, its padded size), and they fit into
-    that size, it is kept; where they just do not, it grows by half, so that adding rows one by one compiles seldom.
-    Any other fit is padded as if it were the first. ``outputs_per_target`` is that of the likelihood.
+    ``scaling`` is that of given weights; None fits one, or the identity with ``standardize=False``. ``earlier`` has
+    the rows of an earlier fit and its padded size, ``room_for`` the most rows that later ones will have.
+    ``outputs_per_target`` is that of the likelihood.
     """
     spec = network.input_spec
     inputs = _checks.as_inputs(X, spec)
@@ -190,14 +190,30 @@ def prepare(
     wanted = num_targets * outputs_per_target
     if width != wanted:
         raise _wrong_width(width, num_targets, outputs_per_target, classify)
-    size = data.bucket_size(len(inputs) + len(inputs) // ROOM_FOR_MORE)
-    if earlier is not None and earlier[0] < len(inputs) <= earlier[1]:
-        size = earlier[1]
-    elif earlier is not None and earlier[0] < len(inputs) < GROWTH * earlier[0]:
-        size = data.bucket_size(math.ceil(GROWTH * len(inputs)))  # rows are being added: many more are likely to follow
+    size = _padded_size(len(inputs), earlier, room_for)
     rows = Rows(data.pad_rows(scaled_x, size), data.pad_rows(scaled_y, size), data.row_weights(len(inputs), size))
     return Prepared(jax.device_put(rows), scaling, inputs.shape[1:], len(inputs), num_targets, targets.ndim,
                     _checks.column_names(X))  # fmt: skip
+
+
+def _padded_size(num_rows: int, earlier: tuple[int, int] | None, room_for: int | None) -> int:
+    """How many rows compiled programs are made for: what is asked for, else 5 % more than there are.
+
+    Where a fit adds rows to an earlier one and they fit into that size, it is kept; where they just do not, it grows
+    by half, so that adding rows one by one compiles seldom. Any other fit is padded as if it were the first.
+    """
+    if room_for is not None:
+        if _checks.check_positive_int("room_for", room_for) < num_rows:
+            raise OptionError(
+                f"room_for={room_for} is less than the {num_rows} rows of X. Give the most rows that any of the fits "
+                "to come will have, or leave it out."
+            )
+        return data.bucket_size(room_for)
+    if earlier is not None and earlier[0] < num_rows <= earlier[1]:
+        return earlier[1]
+    if earlier is not None and earlier[0] < num_rows < GROWTH * earlier[0]:
+        return data.bucket_size(math.ceil(GROWTH * num_rows))  # many more are likely to follow
+    return data.bucket_size(num_rows + num_rows // ROOM_FOR_MORE)
 
 
 def _wrong_width(width: int, num_targets: int, outputs_per_target: int, classify: bool) -> DataError:

@@ -151,16 +151,18 @@ def make_plan(
     noise: str = "constant",
     previous: Fitted | None = None,
     warm: bool = False,
+    room_for: int | None = None,
 ) -> Plan:
     """Check data, weights and choices against the network; raises before any training starts.
 
     ``previous`` is an earlier fit, whose padding is kept where a few rows were
     added; with ``warm`` its weights, units and sampler are what the fit starts from.
+    ``room_for`` is the most rows that later fits will have.
     """
     likelihood = likelihood_of(noise, num_classes)
     check_engine(engine, likelihood)
-    scale_as = {"num_classes": num_classes, "outputs_per_target": likelihood.outputs_per_target}
-    prepared, given = _data_and_weights(network, X, y, standardize, given, previous, warm, scale_as)
+    layout = {"num_classes": num_classes, "outputs_per_target": likelihood.outputs_per_target, "room_for": room_for}
+    prepared, given = _data_and_weights(network, X, y, standardize, given, previous, warm, layout)
     example = jax.ShapeDtypeStruct((1, *prepared.rows.x.shape[1:]), prepared.rows.x.dtype)
     info = network_info(network, example)
     template, _ = jax.eval_shape(network.init, abstract_key(), example)
@@ -215,7 +217,7 @@ def make_plan(
 
 def _data_and_weights(
     network: Network, X: Any, y: Any, standardize: bool | str, given: Any, previous: Fitted | None, warm: bool,
-    scale_as: Mapping[str, Any],
+    layout: Mapping[str, Any],
 ) -> tuple[Prepared, Any]:  # fmt: skip
     """Scaled data, and the weights that are given: by the user, by the network, or by the fit to be continued."""
     if isinstance(given, DeterministicNN):
@@ -224,9 +226,9 @@ def _data_and_weights(
         given = network.pretrained
     earlier = None if previous is None else (previous.num_rows, previous.capacity)
     if warm and previous is not None:
-        prepared = prepare(network, X, y, standardize=True, scaling=previous.scaling, earlier=earlier, **scale_as)
+        prepared = prepare(network, X, y, standardize=True, scaling=previous.scaling, earlier=earlier, **layout)
         return prepared, previous.members[0].source.params
-    return _prepare(network, X, y, standardize, given, earlier, scale_as), given
+    return _prepare(network, X, y, standardize, given, earlier, layout), given
 
 
 def run(plan: Plan, key: Key, options: PretrainingOptions, sampling: Sampling, report: Report) -> Fitted:
@@ -327,7 +329,7 @@ def _calibrate(plan: Plan, members: tuple[Member, ...], stage: Stage) -> OutOfFo
 
 def _prepare(
     network: Network, X: Any, y: Any, standardize: Any, given: Any, earlier: tuple[int, int] | None,
-    scale_as: Mapping[str, Any],
+    layout: Mapping[str, Any],
 ) -> Prepared:  # fmt: skip
     """Scaled data: in the units of given weights where these are known, and in the user's where they are not."""
     known = given.scaling if isinstance(given, TrainedParams) else None
@@ -335,7 +337,7 @@ def _prepare(
         standardize = given is None
     else:
         known = None
-    return prepare(network, X, y, standardize=bool(standardize), scaling=known, earlier=earlier, **scale_as)
+    return prepare(network, X, y, standardize=bool(standardize), scaling=known, earlier=earlier, **layout)
 
 
 def _choose(plan: Plan, key: Key, stage: Stage, number: int, noise: np.ndarray) -> RandomPart:

@@ -160,6 +160,7 @@ class PartialBNN(Predicting):
         until: str | None = None,
         seconds: float | None = None,
         warm_start: "bool | PartialBNN" = False,
+        room_for: int | None = None,
         checkpoint_dir: str | os.PathLike | None = None,
         raise_on_failure: bool = False,
         progress_bar: bool = True,
@@ -197,6 +198,9 @@ class PartialBNN(Predicting):
         warm_start : True, or another fitted model of the same network: keep its deterministic weights, units and
             choice of Bayesian weights, and go on from its sampler's last state and adaptation, with new rows for
             instance. A short ``num_warmup`` is then enough.
+        room_for : the most rows that this and later fits will have, where rows are added a few at a time: everything
+            is compiled for so many at once, and later fits compile nothing. Costs what so many rows would cost up
+            to 256 rows, little above.
         checkpoint_dir : folder in which the run is saved as it goes. The same call after a crash continues it, and
             ends with the draws of an uninterrupted run.
         raise_on_failure : raise instead of warning when the draws should not be trusted.
@@ -231,6 +235,7 @@ class PartialBNN(Predicting):
             standardize=self.standardize, noise_prior=self.noise_prior, prior_mean=self.prior_mean,
             priors_sigma=priors_sigma, num_backbones=self.num_backbones, engine=sampling.engine,
             noise=self.noise, previous=self._previous(warm_start), warm=bool(warm_start),
+            room_for=room_for,
         )  # fmt: skip
         if self.num_backbones == 1:
             deterministic_stage.warn_of_one(plan.prepared.num_rows, partial=self.prior_mean == "map")
