@@ -1,9 +1,12 @@
 """The pure parts of benchmarks/quality: splits, scores, resuming, aggregation, published numbers."""
 
+import dataclasses
+import functools
 import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -224,6 +227,40 @@ def test_each_step_scores_the_pool_and_moves_its_most_uncertain_row():
     assert [step["rows"] for step in steps] == [1, 2, 3]
     assert steps[0]["rmse"] == 0.5
     assert steps[1]["nll"] == pytest.approx(-stats.norm.logpdf(0.5, 0, np.sqrt([2.5, 1.5, 1.5, 2.5])).mean())
+
+
+def test_a_run_learns_with_room_for_all_rows_that_will_come(folder, monkeypatch):
+    import neurobayes as nb
+
+    fits = []
+
+    @functools.wraps(nb.PartialBNN.fit)  # whose signature says what is an option of it
+    def fit(self, X, y, **options):
+        fits.append((len(y), options["room_for"], options["engine"], self.probabilistic_layer_names))
+
+    def posterior_predictive(self, X):
+        return SimpleNamespace(mean=np.zeros(len(X)), var=np.ones(len(X)), epistemic_var=np.arange(len(X)))
+
+    monkeypatch.setattr(nb.PartialBNN, "fit", fit)
+    monkeypatch.setattr(nb.PartialBNN, "posterior_predictive", posterior_predictive)
+    tasks = active.tasks(Settings(folder, splits=1))
+    task = next(t for t in tasks if (t.dataset, t.method) == ("htem_conductivity", "first layers"))
+    found = active.run(dataclasses.replace(task, options={**task.options, "steps": 3}), folder)
+    assert fits == [(3 + k, 6, "mclmc", ["Dense0", "Dense1"]) for k in range(3)]
+    assert found["curves"]["chosen"] == [9, 8, 6]  # the last rows not yet known: 7 is one of the first
+
+
+def test_active_report_tells_our_models_apart(tmp_path):
+    def record(method, nll):
+        curves = {name: [nll, nll - 0.1] for name in active.METRICS}
+        metrics = {"first_nll": nll, "first_coverage": 0.95, "mean_nll": nll - 0.05, "mean_coverage": 0.95,
+                   "final_rmse": nll - 0.1, "step_seconds": 1.0, "late_compilations": 0, "curves": curves}  # fmt: skip
+        return {"dataset": "esol", "split": 0, "method": method, "options": {"steps": 2}, "metrics": metrics}
+
+    found = active.report([record("ours", 1.5), record("first layers", 1.2)], Settings(tmp_path / "data"))
+    assert "| **ours, default** | 1 | 1.500 |" in found.markdown
+    assert "| **ours, first layers Bayesian** | 1 | 1.200 |" in found.markdown
+    assert [check.met for check in found.checks if "NLPD at step 0" in check.name] == [False, True]
 
 
 # --- published numbers and reports ---
