@@ -199,8 +199,8 @@ class PartialBNN(Predicting):
             choice of Bayesian weights, and go on from its sampler's last state and adaptation, with new rows for
             instance. A short ``num_warmup`` is then enough.
         room_for : the most rows that this and later fits will have, where rows are added a few at a time: everything
-            is compiled for so many at once, and later fits compile nothing. Costs what so many rows would cost up
-            to 256 rows, little above.
+            is compiled for so many at once, and later fits compile nothing. Each then takes about as long as one
+            of so many rows.
         checkpoint_dir : folder in which the run is saved as it goes. The same call after a crash continues it, and
             ends with the draws of an uninterrupted run.
         raise_on_failure : raise instead of warning when the draws should not be trusted.
