@@ -216,7 +216,7 @@ def _summary_table(
     for label, curve in theirs.items():
         nll, coverage = curve.values["nll"][:steps], curve.values["coverage"][:steps]
         found = (nll[0], coverage[0], nll.mean(), coverage.mean(), curve.values["rmse"][:steps][-1])
-        lines.append([f"{label} ({curve.run})", "5", *map(number, map(float, found)), "", ""])
+        lines.append([f"{label} ({curve.run})", str(SEEDS), *map(number, map(float, found)), "", ""])
     return markdown_table(header, lines)
 
 
@@ -242,7 +242,7 @@ def _draw(drawn: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]], path: Pat
     for axes, (dataset, runs) in zip(grid, drawn.items(), strict=True):
         for panel, (name, title) in zip(axes, shown.items(), strict=True):
             for label, curves in runs.items():
-                panel.plot(curves[name], label=label, linewidth=2 if label.startswith("ours") else 1)
+                panel.plot(curves[name], label=label, linewidth=2 if label in LABELS.values() else 1)
             panel.set(title=f"{dataset}: {title}", xlabel="step")
             if name == "coverage":
                 panel.axhspan(0.90, 0.98, color="0.9")
