@@ -3,14 +3,17 @@
 import contextlib
 import itertools
 import os
+import signal
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
 
 MAX_THREADS = 8
+SECONDS_ASLEEP = 0.2
 
 
 def beside(function: Callable[[], Any]) -> Callable[[], Any]:
@@ -18,7 +21,7 @@ def beside(function: Callable[[], Any]) -> Callable[[], Any]:
 
     Elsewhere, on one core or an accelerator, it only runs when asked for.
     """
-    if _num_workers() == 1:
+    if num_workers() == 1:
         return function
     with_precision = _in_precision_of_caller(function)
     pool = ThreadPoolExecutor(1)
@@ -27,7 +30,8 @@ def beside(function: Callable[[], Any]) -> Callable[[], Any]:
     return future.result
 
 
-def _num_workers() -> int:
+def num_workers() -> int:
+    """Cores that programs can be given to one by one; one on an accelerator, which a program has to itself."""
     return min(MAX_THREADS, os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
 
 
@@ -55,7 +59,7 @@ def side_by_side(function: Callable[..., Any], items: Iterable[tuple], *, compil
     if len(only) < 2:  # a pool of threads costs as much as a short program
         return results + [function(*item) for item in only]
     waiting = itertools.chain(only, waiting)
-    workers = _num_workers()
+    workers = num_workers()
     if workers == 1:
         return results + [function(*item) for item in waiting]
     run = _in_precision_of_caller(function)
@@ -66,3 +70,51 @@ def side_by_side(function: Callable[..., Any], items: Iterable[tuple], *, compil
                 results.append(pending.popleft().result())
             pending.append(pool.submit(run, *item))
         return results + [future.result() for future in pending]
+
+
+def follow(
+    first: Callable[[Callable[[], None]], Any], others: Sequence[Callable[[], Any]], interrupt: Callable[[], None]
+) -> list[Any]:
+    """Results of ``first(go)`` and of ``others``, which start when it calls ``go()`` or ends, a thread for each core.
+
+    Ctrl-C meanwhile only calls ``interrupt()``, which should make what runs end soon, with a result or without. An
+    error of one ends all.
+    """
+    waiting, started = [_in_precision_of_caller(other) for other in others], []
+    with ThreadPoolExecutor(num_workers()) as pool, _on_ctrl_c(interrupt):
+
+        def go() -> None:
+            if not started:
+                started.extend(pool.submit(other) for other in waiting)
+
+        leader = pool.submit(_in_precision_of_caller(first), go)
+        try:
+            results = [_awake_result(leader)]
+            go()
+            return [*results, *(_awake_result(future) for future in started)]
+        except BaseException:
+            for future in started:
+                future.cancel()
+            interrupt()
+            raise
+
+
+def _awake_result(future: Future) -> Any:
+    """The result; a signal that the system gives to another thread is seen while it is waited for."""
+    while not wait([future], timeout=SECONDS_ASLEEP).done:
+        pass
+    return future.result()
+
+
+@contextlib.contextmanager
+def _on_ctrl_c(function: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C calls ``function`` and raises nothing, in the main thread, unless a program has its own way with it."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: function())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

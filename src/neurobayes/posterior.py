@@ -74,4 +74,7 @@ def joined(parts: Sequence[Posterior]) -> Posterior:
     stats = {name: np.concatenate([part.stats[name][:, :draws] for part in parts]) for name in names}
     seconds = sum(float(part.info.get("seconds", 0.0)) for part in parts)
     info = {**parts[0].info, "num_backbones": len(parts), "seconds": seconds}
+    early = [part.info["ended_by"] for part in parts if part.info.get("ended_by", "num_samples") != "num_samples"]
+    if early:
+        info["ended_by"] = early[0]
     return Posterior(np.concatenate([part.draws[:, :draws] for part in parts]), stats, info)

@@ -16,7 +16,7 @@ import neurobayes as nb
 from neurobayes import _threads, mixture, predictive
 from neurobayes.diagnostics import combine
 from neurobayes.errors import CalibrationWarning, CheckpointError, ConvergenceWarning, DataError, OptionError
-from neurobayes.models import deterministic_stage, fitting, resuming
+from neurobayes.models import deterministic_stage, members, resuming
 
 pytestmark = pytest.mark.filterwarnings("ignore::neurobayes.errors.ConvergenceWarning")
 EXACT = {"sgd_epochs": 25, "num_samples": 200, "progress_bar": False, "seed": 0}
@@ -396,7 +396,7 @@ class TestAgain:
         def dead(*_, **__):
             raise Dead
 
-        saved, drawn = resuming.save_trained, fitting.sample
+        saved, drawn = resuming.save_trained, members.sample
         names = []
 
         def save_one(checkpoint, pretrained, name="trained"):
@@ -411,8 +411,8 @@ class TestAgain:
             names.append("drawn")
             return drawn(*args, **kwargs)
 
-        for target, stand_in in [(resuming, ("save_trained", save_one)), (fitting, ("sample", dead)),
-                                 (fitting, ("sample", draw_one))]:  # fmt: skip
+        for target, stand_in in [(resuming, ("save_trained", save_one)), (members, ("sample", dead)),
+                                 (members, ("sample", draw_one))]:  # fmt: skip
             with monkeypatch.context() as patch:
                 patch.setattr(target, *stand_in)
                 with pytest.raises(Dead):

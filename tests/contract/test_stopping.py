@@ -228,7 +228,9 @@ def test_an_interrupt_during_warm_up_is_raised(network, data, monkeypatch, first
             model.predict(data[0])
 
 
-def test_a_real_interrupt_signal():
+@pytest.mark.parametrize("num_backbones", [1, 4])
+def test_a_real_interrupt_signal(num_backbones):
+    """It ends the run, or of several that run at once all that have draws; each sends a signal of its own."""
     script = textwrap.dedent("""
         import os, signal
         import numpy as np
@@ -245,19 +247,21 @@ def test_a_real_interrupt_signal():
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent may have switched it off
         _driver._Run._chunk = signalled
         X = np.random.default_rng(0).normal(size=(30, 2))
-        model = nb.PartialBNN(nb.FlaxMLP([4], 1)).fit(
+        model = nb.PartialBNN(nb.FlaxMLP([4], 1), num_backbones=NUM_BACKBONES).fit(
             X, X[:, 0], num_warmup=50, num_samples=500, sgd_epochs=10, map_sigma=1.0, engine="nuts", seed=0
         )
-        print(model.posterior.info["ended_by"], model.posterior.num_draws, model.predict(X)[0].shape)
-    """)
+        made = [member.posterior.num_draws for member in model._fitted.members]
+        print(model.posterior.info["ended_by"], min(made), max(made), model.predict(X)[0].shape)
+    """).replace("NUM_BACKBONES", str(num_backbones))
     source = str(pathlib.Path(nb.__file__).parents[1])
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=300,
         env={**os.environ, "PYTHONPATH": source, "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
-    ended_by, num_draws, shape = ended.stdout.split() or ["", "0", ""]
+    ended_by, least, most, shape = ended.stdout.split() or ["", "0", "0", ""]
     assert (ended_by, shape) == ("interrupt", "(30,)"), ended.stderr
-    assert 100 <= int(num_draws) < 500
+    assert 100 <= int(most) < (500 if num_backbones == 1 else 251)
+    assert int(least) > (99 if num_backbones == 1 else 0)
 
 
 # --- raise_on_failure

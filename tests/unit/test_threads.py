@@ -1,5 +1,6 @@
 """Work on several cores: results in order, errors where they are asked for, precision of the caller."""
 
+import signal
 import threading
 
 import jax
@@ -58,3 +59,54 @@ def test_other_threads_have_the_precision_of_the_caller(cores):
         assert _threads.beside(lambda: jnp.ones(1).dtype)() == "float64"
         assert {str(d) for d in _threads.side_by_side(lambda k: jnp.ones(k).dtype, ((1,), (2,), (3,)))} == {"float64"}
     assert _threads.beside(lambda: jnp.ones(1).dtype)() == "float32"
+
+
+class TestFollow:
+    def test_results_come_in_order(self, cores):
+        others = [lambda k=k: k for k in range(1, 6)]
+        assert _threads.follow(lambda go: 0, others, lambda: None) == list(range(6))
+        assert _threads.follow(lambda go: (go(), go())[0], others, lambda: None) == [None, 1, 2, 3, 4, 5]
+
+    def test_the_others_wait_for_the_first(self):
+        order = []
+
+        def first(go):
+            order.append("first")
+            go()
+
+        _threads.follow(first, [lambda: order.append("other")] * 3, lambda: None)
+        assert order == ["first"] + 3 * ["other"]
+
+    @pytest.mark.parametrize("which", [0, 1, 3])
+    def test_an_error_ends_all(self, cores, which):
+        ended = threading.Event()
+
+        def run(k):
+            if k == which:
+                raise ZeroDivisionError
+            assert k < which or ended.wait(60)  # those that run beside it are told to end
+
+        with pytest.raises(ZeroDivisionError):
+            _threads.follow(lambda go: (go(), run(0)), [lambda k=k: run(k) for k in range(1, 5)], ended.set)
+        assert ended.is_set()
+
+    def test_ctrl_c_interrupts_and_is_restored(self, cores):
+        told = threading.Event()
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+
+            def wait():
+                signal.raise_signal(signal.SIGINT)
+                return told.wait(60)
+
+            assert _threads.follow(lambda go: "first", [wait], told.set) == ["first", True]
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def test_a_handler_of_the_program_stays(self, cores):
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            assert _threads.follow(lambda go: signal.getsignal(signal.SIGINT), [], lambda: None) == [signal.SIG_IGN]
+        finally:
+            signal.signal(signal.SIGINT, before)

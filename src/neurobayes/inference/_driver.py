@@ -183,6 +183,8 @@ class _Run:
                 self._save(force=False)
                 if self.control.on_progress is not None:
                     self.control.on_progress(stage, self.counters[stage], total)
+                if self.control.interrupted is not None and self.control.interrupted():
+                    raise KeyboardInterrupt
                 reason = self._stopping_reason() if stage == "sampling" else None
             self._check_health(stage)
         self._save(force=True)

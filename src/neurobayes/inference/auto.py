@@ -1,6 +1,7 @@
 """The engine that chooses an engine, by what was measured (``docs/12-engines.md`` has the figures)."""
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 
@@ -32,6 +33,8 @@ class Auto(Engine):
     """
 
     chain_method: str = "vectorized"
+
+    one_core: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         NUTS(chain_method=self.chain_method)

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -32,6 +32,7 @@ class RunControl:
     is_enough : sampling ends when this holds for the draws so far, ``(chain, draw, size)``.
     warm_start : ``Posterior.adaptation`` of an earlier run over the same position, to start from.
     enough_independent : draws of each chain that satisfy every stopping rule, provided they are independent.
+    interrupted : whether Ctrl-C was meant for this run, where it runs in another thread than the one that gets it.
     """
 
     on_progress: ProgressCallback | None = None
@@ -40,6 +41,7 @@ class RunControl:
     is_enough: Callable[[np.ndarray], bool] | None = None
     warm_start: dict[str, Any] | None = None
     enough_independent: int | None = None
+    interrupted: Callable[[], bool] | None = None
 
     def independent_draws(self, num_samples: int) -> int:
         """How many draws of each chain to make where draws are independent, at most ``num_samples``."""
@@ -52,6 +54,9 @@ class Engine(abc.ABC):
 
     A config holds what a user may choose and nothing else; ``run`` is pure.
     """
+
+    one_core: ClassVar[bool] = False
+    """Whether a chain keeps one core busy for long, and ends when ``RunControl.interrupted`` says so."""
 
     @abc.abstractmethod
     def run(

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +74,8 @@ class MCLMC(Engine):
     initial_mass: str = "curvature"
     collapse: bool = False
     jitter: float = 0.05
+
+    one_core: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _checks.check_positive("desired_energy_var", self.desired_energy_var)

@@ -7,7 +7,7 @@ carries its own random key, so draws do not depend on how they are chunked.
 import dataclasses
 import functools
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +59,8 @@ class NUTS(Engine):
     collapse: bool = False
     chain_method: str = "vectorized"
     jitter: float = 0.05
+
+    one_core: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _checks.check_fraction("target_accept", self.target_accept)

@@ -9,25 +9,22 @@ when ``run`` has returned.
 import dataclasses
 import functools
 import time
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from .. import _checks, log_density, predictive, priors, row_blocks, selection, selectors, trees
+from .. import _checks, predictive, priors, row_blocks, selection, selectors, trees
 from .._keys import as_seed, children
-from .._threads import side_by_side
 from .._typing import Key, Params
 from ..backbones import Backbones
 from ..checkpoint import Checkpoint
 from ..data import Scaling
 from ..diagnostics import Diagnostics, combine
-from ..errors import MemoryBudgetWarning, OptionError
+from ..errors import OptionError
 from ..inference import last_layer
 from ..inference.base import Engine
-from ..inference.empirical_prior import learn_scales
 from ..likelihoods import Gaussian, Likelihood
 from ..mixture import Mixture, member_moments, member_probabilities
 from ..networks.base import Network
@@ -37,27 +34,15 @@ from ..posterior import Posterior, joined
 from ..predictive import Source
 from ..pretraining import Pretrained, PretrainingOptions
 from ..schedules import AveragingConfig, LearningRate
-from ..subspaces import RandomPart
 from . import deterministic_stage, resuming
 from .base import Prepared, TrainedParams, abstract_key, network_info, prepare
-from .choosing import Trained, check, choose
+from .choosing import check
 from .deterministic import DeterministicNN
 from .deterministic_stage import Stage
+from .members import Member, ensemble_noise_prior, sample_members
 from .noise import check_engine, likelihood_of, noise_prior_of
 from .progress import Report
-from .sampling import Sampling, judge, on_host, sample, stopping_rule, with_draws
-
-MOST_SIDE_BY_SIDE = 2**22
-"""Most entries of a design matrix with which exact posteriors of several backbones are solved at once."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """One backbone with the draws of its Bayesian part."""
-
-    source: Source
-    posterior: Posterior
-    diagnostics: Diagnostics
+from .sampling import Sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,15 +228,7 @@ def run(plan: Plan, key: Key, options: PretrainingOptions, sampling: Sampling, r
     seed = as_seed(key_folds) if plan.warm is None else plan.warm.seed
     stage = deterministic_stage.train(plan, key_train, seed, options, report, checkpoint)
     trained = time.perf_counter()
-    share = sampling.shared(len(stage.params), exact=plan.exact is not None)
-    arguments = plan, stage, key_train, key_sample, share, report, checkpoint
-    first = _sample_member(0, *arguments)
-    others = [(number, *arguments) for number in range(1, len(stage.params))]
-    work = first.posterior.draws.shape[-1] * plan.prepared.num_rows
-    if first.posterior.info.get("engine") == "last_layer" and work <= MOST_SIDE_BY_SIDE:
-        members = (first, *side_by_side(_sample_member, others, compiled=True))
-    else:  # samplers keep all cores busy by themselves, and large designs the memory
-        members = (first, *(_sample_member(*each) for each in others))
+    members = sample_members(plan, stage, key_train, key_sample, sampling, report, checkpoint)
     prepared = plan.prepared
     out_of_fold = None if stage.ensemble is None else _calibrate(plan, members, stage)
     seconds = {"training": trained - started, "sampling": time.perf_counter() - trained}
@@ -272,46 +249,6 @@ def run(plan: Plan, key: Key, options: PretrainingOptions, sampling: Sampling, r
         seed=seed,
         row_hashes=deterministic_stage.training_row_hashes(prepared),
     )
-
-
-def _sample_member(
-    number: int,
-    plan: Plan,
-    stage: Stage,
-    key_train: Key,
-    key_sample: Key,
-    sampling: Sampling,
-    report: Report,
-    checkpoint: Checkpoint | None,
-) -> Member:
-    """The Bayesian part of one backbone."""
-    params = stage.params[number]
-    warm = None if plan.warm is None else plan.warm.members[number]
-    if len(stage.params) > 1:
-        key_sample = children(key_sample, len(stage.params))[number]
-        if checkpoint is not None:
-            checkpoint = Checkpoint(checkpoint.folder / f"backbone-{number:02d}", checkpoint.fingerprint)
-    noise = stage.starting_noise(plan, number)
-    if warm is None:
-        partition = _choose(plan, children(key_train, 2)[1], stage, number, noise)
-    else:
-        partition = warm.source.partition
-    if checkpoint is not None:
-        resuming.check_choice(checkpoint, partition)
-    density, start = _density(plan, partition, params, stage, number, noise)
-    source = Source(
-        plan.network, partition, params, stage.state, np.zeros((0, partition.size)), np.zeros((0, 0)),
-        noise_outputs=plan.prepared.num_outputs if plan.likelihood.outputs_per_target > 1 else 0,
-    )  # fmt: skip
-    posterior = sample(
-        sampling, key_sample, density, start, checkpoint=checkpoint, report=report,
-        is_enough=stopping_rule(sampling, plan.prepared, source, density),
-        warm_start=None if warm is None else warm.posterior.adaptation,
-    )  # fmt: skip
-    source = on_host(with_draws(source, density, posterior.flat_draws))._replace(analytic=posterior.analytic)
-    if plan.learns_prior:
-        posterior.info["priors_sigma"] = _prior_stds(partition, density)
-    return Member(source, posterior, judge(plan.prepared, source, posterior, len(stage.params)))
 
 
 def _calibrate(plan: Plan, members: tuple[Member, ...], stage: Stage) -> OutOfFold:
@@ -340,56 +277,6 @@ def _prepare(
     return prepare(network, X, y, standardize=bool(standardize), scaling=known, earlier=earlier, **layout)
 
 
-def _choose(plan: Plan, key: Key, stage: Stage, number: int, noise: np.ndarray) -> RandomPart:
-    """The random part of a trained network; rows that it left out have no say."""
-    statistics, sigma, pretrained = plan.statistics, None, stage.pretrained[number]
-    rows = plan.prepared.rows._replace(real=stage.row_weights[number])
-    if pretrained is not None:
-        statistics, sigma = pretrained.statistics, pretrained.sigma
-    trained = Trained(
-        plan.network, stage.params[number], stage.state, rows, plan.likelihood, noise,
-        0.0 if sigma is None else 1.0 / sigma**2, statistics,
-    )  # fmt: skip
-    return choose(plan.choice, plan.select_config, trained, key, plan.priors_sigma)
-
-
-def _density(plan: Plan, partition: RandomPart, params: Params, stage: Stage, number: int, noise: np.ndarray):
-    """The log density of a backbone's Bayesian part given the rows it was trained on, and the trained position."""
-    rows = plan.prepared.rows
-    noise_prior = plan.noise_prior if stage.ensemble is None else _ensemble_noise_prior(plan, noise)
-    prior = priors.weight_prior(partition, params, plan.priors_sigma, plan.prior_mean)
-    density = log_density.build(
-        plan.network, partition, params, stage.state, rows.x, rows.y, stage.row_weights[number],
-        likelihood=plan.likelihood, prior=prior, noise_prior=noise_prior,
-    )  # fmt: skip
-    if density.form.hoisted.recomputes and number == 0:
-        warnings.warn(
-            f"the frozen part's results for {plan.prepared.num_rows} rows exceed the memory budget of "
-            f"{row_blocks.CARRY_BUDGET_BYTES / 2**30:.1f} GiB, so the whole network runs for every gradient. Make "
-            "layers nearer the output Bayesian, or give fewer rows.",
-            MemoryBudgetWarning,
-            stacklevel=5,
-        )
-    start = np.asarray(priors.split(partition, params))
-    if density.form.num_noise:
-        unconstrained = log_density.unconstrain_noise(noise, noise_prior)
-        # A prior with bounds need not hold the observed error: its middle does.
-        start = np.concatenate([start, np.where(np.isfinite(unconstrained), unconstrained, 0.0)])
-    if plan.learns_prior and density.form.num_theta:
-        factors = learn_scales(density, jax.random.key(number), start)
-        blocks = density.form.blocks or (density.form.num_theta,)
-        std = (prior.std * np.repeat(factors, blocks)).astype(np.float32)
-        density = dataclasses.replace(density, terms=density.terms._replace(prior=prior._replace(std=std)))
-    return density, start
-
-
-def _ensemble_noise_prior(plan: Plan, noise: np.ndarray) -> Any:
-    """A backbone's own rows would say that there is hardly any noise: it has learnt them. Others measured it."""
-    if not plan.noise_is_default or plan.noise_prior is None:
-        return plan.noise_prior
-    return priors.known_noise_prior(noise, plan.prepared.num_rows)
-
-
 def _compile_ahead(plan: Plan, key: Key, options: PretrainingOptions) -> None:
     """Compile what the exact posterior of each backbone and its predictions will run, while a core compiles training.
 
@@ -402,20 +289,11 @@ def _compile_ahead(plan: Plan, key: Key, options: PretrainingOptions) -> None:
     state = deterministic_stage.state_template(plan.network, rows.x)
     hoisted = row_blocks.compile_ahead(plan.network, partition, plan.template, state, rows.x)
     noise = np.ones(num_outputs, np.float32)
-    noise_prior = plan.noise_prior if plan.num_backbones == 1 else _ensemble_noise_prior(plan, noise)
+    noise_prior = plan.noise_prior if plan.num_backbones == 1 else ensemble_noise_prior(plan, noise)
     if hoisted is not None:
         last_layer.compile_ahead(hoisted, partition.size, len(rows.real), num_outputs, noise_prior)
     source = Source(plan.network, partition, plan.template, state, np.zeros((0, 0)), np.zeros((0, num_outputs)))
     predictive.compile_analytic(source, rows.x)
-
-
-def _prior_stds(partition: RandomPart, density: log_density.LogDensity) -> dict[str, float]:
-    """The learnt prior standard deviation of each leaf's Bayesian weights; of a subspace, that of its coordinates."""
-    blocks = density.form.blocks or (density.form.num_theta,)
-    first = np.cumsum((0, *blocks[:-1]))
-    std = np.asarray(density.terms.prior.std)
-    names = [path for path, count in partition.counts().items() if count] if density.form.blocks else ["subspace"]
-    return {name: float(std[at]) for name, at in zip(names, first, strict=True)}
 
 
 def _as_numpy(pretrained: Pretrained | None) -> Pretrained | None:

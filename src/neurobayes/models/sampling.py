@@ -169,6 +169,7 @@ def sample(
     checkpoint: Checkpoint | None,
     warm_start: dict[str, Any] | None,
     report: Report,
+    interrupted: Callable[[], bool] | None = None,
 ) -> Posterior:
     """Draws from the engine; a density without any random scalar needs none."""
     if density.size == 0:
@@ -176,7 +177,7 @@ def sample(
         return Posterior(np.zeros((*shape, 0), np.float32), {"diverging": np.zeros(shape, bool)}, {"engine": "none"})
     control = RunControl(
         on_progress=report, checkpoint=checkpoint, seconds=sampling.seconds, is_enough=is_enough,
-        warm_start=warm_start or None, enough_independent=sampling.enough_independent,
+        warm_start=warm_start or None, enough_independent=sampling.enough_independent, interrupted=interrupted,
     )  # fmt: skip
     return sampling.engine.run(
         key, density, start, num_warmup=sampling.num_warmup, num_samples=sampling.num_samples,

@@ -1,0 +1,90 @@
+"""Backbones whose samplers run side by side."""
+
+import warnings
+
+import numpy as np
+import pytest
+
+import neurobayes as nb
+from neurobayes import _threads
+from neurobayes.errors import ConvergenceWarning, TrainingError
+from neurobayes.models import members
+
+FEW = {"sgd_epochs": 5, "map_sigma": 1.0, "num_warmup": 20, "num_samples": 60, "progress_bar": False, "seed": 0}
+
+
+def fit(data, engine="nuts", model=None, **options):
+    model = model or nb.PartialBNN(nb.FlaxMLP([6], 1), num_backbones=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return model.fit(*data, engine=engine, **{**FEW, **options})
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """How many backbones were started side by side, on two cores."""
+    counts, follow = [], members.follow
+
+    def noting(first, others, interrupt):
+        counts.append(1 + len(others))
+        return follow(first, others, interrupt)
+
+    monkeypatch.setattr(_threads.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(members, "follow", noting)
+    return counts
+
+
+@pytest.mark.parametrize("engine", ["nuts", "mclmc"])
+def test_draws_are_those_of_one_after_another(regression, started, monkeypatch, engine):
+    together = fit(regression, engine)
+    assert started == [3]
+    monkeypatch.setattr(_threads.os, "cpu_count", lambda: 1)
+    in_turn = fit(regression, engine)
+    assert started == [3]
+    for name, draws in together.get_samples().items():
+        np.testing.assert_array_equal(draws, in_turn.get_samples()[name])
+
+
+def test_only_where_cores_are_idle(regression, started, monkeypatch):
+    fit(regression, num_chains=2)
+    fit(regression, seconds=30.0)
+    fit(regression, "laplace")
+    monkeypatch.setattr(members, "MOST_GRADIENT_WORK", 1.0)
+    fit(regression)
+    assert started == []
+
+
+def test_progress_is_that_of_one_run(regression, started, monkeypatch):
+    told = []
+
+    class Noting:
+        def __enter__(self):
+            return lambda stage, done, total, note="": told.append((stage, done, total))
+
+        def __exit__(self, *_):
+            return False
+
+    monkeypatch.setattr("neurobayes.models.partial_bnn.progress", lambda show: Noting())
+    fit(regression)
+    assert started == [3]
+    made = [(done, total) for stage, done, total in told if stage == "sampling"]
+    assert [done for done, _ in made] == sorted(done for done, _ in made)
+    assert made[-1] == (3 * 35, 3 * 35)  # each makes its share: the draws over the root of the number
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_failure_of_one_leaves_the_model_as_it_was(regression, started, monkeypatch, number):
+    model = fit(regression)
+    before = model.predict(regression[0])
+    sampled = members._sample_member
+
+    def failing(k, *arguments, **options):
+        if k == number:
+            raise TrainingError("made to fail")
+        return sampled(k, *arguments, **options)
+
+    monkeypatch.setattr(members, "_sample_member", failing)
+    with pytest.raises(TrainingError, match="made to fail"):
+        fit(regression, model=model, seed=1)
+    for one, other in zip(model.predict(regression[0]), before, strict=True):
+        np.testing.assert_array_equal(one, other)
