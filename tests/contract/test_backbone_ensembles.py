@@ -503,6 +503,18 @@ class TestNumber:
         assert one.backbones is None and one.out_of_fold is None
         np.testing.assert_array_equal(one.predict(data[0])[1], one.predict(data[0], calibration=None)[1])
 
+    @pytest.mark.parametrize("chosen, warns", [
+        (nb.layers("Dense0"), False), (nb.layers("Dense0") - nb.biases(), True), (nb.last(1), True),
+        (nb.everything(), False),
+    ])  # fmt: skip
+    def test_one_does_not_warn_where_the_first_layer_is_bayesian(self, data, scattered, chosen, warns):
+        """Below such a layer nothing was learnt from the rows."""
+        one = nb.PartialBNN(nb.FlaxMLP([8], 1), bayesian=chosen, num_backbones=1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            one.fit(*data, **{**scattered, "sgd_epochs": 3, "map_sigma": 1.0})
+        assert any(each.category is CalibrationWarning for each in caught) == warns
+
     def test_more_than_one_does_not_warn(self, data):
         with warnings.catch_warnings():
             warnings.simplefilter("error")

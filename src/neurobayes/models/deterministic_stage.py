@@ -19,6 +19,7 @@ from ..hoisting import hoist_network
 from ..inference.auto import Auto
 from ..inference.base import Engine
 from ..inference.last_layer import MAX_SCALARS, LastLayer
+from ..network_info import NetworkInfo
 from ..networks.base import Network
 from ..partition import Partition
 from ..pretraining import (
@@ -284,10 +285,14 @@ def _warn_of_units(plan: Any, state: State) -> None:
 
 
 class Bayesian(NamedTuple):
-    """What is known before training of the Bayesian part: how many weights, and which if their posterior is exact."""
+    """What is known before training of the Bayesian part: how many weights, and which if their posterior is exact.
+
+    ``from_inputs`` is whether the whole first layer is Bayesian, so that nothing learnt is below.
+    """
 
     size: int
     exact: Partition | None = None
+    from_inputs: bool = False
 
 
 def foresee(
@@ -304,12 +309,17 @@ def foresee(
     partition = resolve_untrained(choice, info, template)
     solvable = gaussian and (engine is None or isinstance(engine, Auto | LastLayer))
     if not solvable or config is not None or partition.size > MAX_SCALARS:
-        return Bayesian(partition.size + selected)
+        return Bayesian(partition.size + selected, from_inputs=_has_first_layer(partition, info))
     row = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
     params, state = jax.eval_shape(network.init, abstract_key(), row)
     hoisted = hoist_network(network, partition, params, state, row)
     affine = linearity.late_is_affine(hoisted, partition.size, hoisted.carry_avals)
-    return Bayesian(partition.size, partition if affine else None)
+    return Bayesian(partition.size, partition if affine else None, _has_first_layer(partition, info))
+
+
+def _has_first_layer(partition: Partition, info: NetworkInfo) -> bool:
+    counts = partition.counts()
+    return all(counts.get(leaf, 0) == math.prod(info.shapes[leaf]) for leaf in info.layers[0].leaves)
 
 
 def how_many(network: Network, prepared: Any, wanted: int | str, bayesian: Bayesian) -> int:

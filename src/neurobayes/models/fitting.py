@@ -97,6 +97,7 @@ class Plan:
     template: Params
     num_backbones: int
     exact: Partition | None
+    from_inputs: bool
     noise_varies: bool
     warm: Fitted | None = None
 
@@ -195,6 +196,7 @@ def make_plan(
         template=template,
         num_backbones=count,
         exact=bayesian.exact,
+        from_inputs=bayesian.from_inputs,
         noise_varies=noise == "varying",
         warm=previous if warm else None,
     )

@@ -58,7 +58,7 @@ class PartialBNN(Predicting):
     num_backbones : how many networks are trained, each without an eighth of the rows (a quarter of less than 600).
         ``"auto"``: 16 where the posterior of the Bayesian part is exact (32 for less than 128 rows, fewer for costly
         networks), 4 where it is sampled (2 with more than 1,000 weights to sample); given weights are one. With 1, one
-        network is trained on all rows, and its intervals are known to be too narrow on new ones.
+        network is trained on all rows, and unless the first layer is Bayesian intervals are known to be too narrow.
     calibration : ``"out_of_fold"``: the predictive variance is ``a * epistemic + b`` with the factor and the noise
         that make left-out rows most likely (for classes, a temperature); None: the variance of the mixture as the
         posteriors give it. Each prediction may ask for the other. A single backbone has no left-out rows, and is
@@ -238,7 +238,8 @@ class PartialBNN(Predicting):
             room_for=room_for,
         )  # fmt: skip
         if self.num_backbones == 1:
-            deterministic_stage.warn_of_one(plan.prepared.num_rows, partial=self.prior_mean == "map")
+            above_features = self.prior_mean == "map" and not plan.from_inputs
+            deterministic_stage.warn_of_one(plan.prepared.num_rows, partial=above_features)
         with progress(progress_bar) as report:
             fitted = fitting.run(plan, key, training, sampling, report)
         if not fitted.diagnostics.ok:
