@@ -154,31 +154,15 @@ def make_plan(
     template, _ = jax.eval_shape(network.init, abstract_key(), example)
     weights = None if given is None else _checks.check_weights_structure(given, template)
     statistics = getattr(given, "statistics", None)
-    learns_prior = isinstance(priors_sigma, str)
-    if learns_prior:
-        _checks.check_one_of("priors_sigma", priors_sigma, ("auto",))
-        priors_sigma = 1.0
-    priors.prior_std_by_leaf(list(trees.shapes(template)), priors_sigma)
+    priors_sigma, learns_prior = _prior_scale(priors_sigma, template)
     config = None if select_config is None else selection.validate_select_config(select_config, info)
     asked = check(choice, config, info, template, priors_sigma)
-    if asked and weights is not None and statistics is None:
-        raise OptionError(
-            f"a choice by {', '.join(sorted(asked))} needs the statistics of a training run, but the given weights "
-            "came without any. Pass DeterministicNN.get_params(), or choose by 'magnitude', 'fisher' or "
-            "'laplace_variance'."
-        )
-    gaussian = type(likelihood) is Gaussian
+    if weights is not None:
+        _check_given(asked, statistics, 1 if warm else num_backbones)
     bayesian = deterministic_stage.foresee(
-        network, prepared.rows.x, template, choice, config, info, engine, gaussian=gaussian
+        network, prepared.rows.x, template, choice, config, info, engine, gaussian=type(likelihood) is Gaussian
     )
-    count = 1
-    if weights is not None and not warm and num_backbones not in ("auto", 1):
-        raise OptionError(
-            f"num_backbones={num_backbones} asks for networks trained here, and the weights are given, by "
-            "deterministic_weights= or by the network itself. Leave num_backbones out."
-        )
-    if weights is None:
-        count = deterministic_stage.how_many(network, prepared, num_backbones, bayesian)
+    count = 1 if weights is not None else deterministic_stage.how_many(network, prepared, num_backbones, bayesian)
     return Plan(
         network=network,
         prepared=prepared,
@@ -200,6 +184,31 @@ def make_plan(
         noise_varies=noise == "varying",
         warm=previous if warm else None,
     )
+
+
+def _prior_scale(priors_sigma: Any, template: Params) -> tuple[Any, bool]:
+    """The prior scale of the Bayesian weights, checked, and whether it is only where learning it starts."""
+    learns = isinstance(priors_sigma, str)
+    if learns:
+        _checks.check_one_of("priors_sigma", priors_sigma, ("auto",))
+        priors_sigma = 1.0
+    priors.prior_std_by_leaf(list(trees.shapes(template)), priors_sigma)
+    return priors_sigma, learns
+
+
+def _check_given(asked: set[str], statistics: Any, num_backbones: int | str) -> None:
+    """Raise where given weights cannot serve: scores of a training are asked for, or several networks."""
+    if asked and statistics is None:
+        raise OptionError(
+            f"a choice by {', '.join(sorted(asked))} needs the statistics of a training run, but the given weights "
+            "came without any. Pass DeterministicNN.get_params(), or choose by 'magnitude', 'fisher' or "
+            "'laplace_variance'."
+        )
+    if num_backbones not in ("auto", 1):
+        raise OptionError(
+            f"num_backbones={num_backbones} asks for networks trained here, and the weights are given, by "
+            "deterministic_weights= or by the network itself. Leave num_backbones out."
+        )
 
 
 def _data_and_weights(
