@@ -73,12 +73,15 @@ def side_by_side(function: Callable[..., Any], items: Iterable[tuple], *, compil
 
 
 def follow(
-    first: Callable[[Callable[[], None]], Any], others: Sequence[Callable[[], Any]], interrupt: Callable[[], None]
+    first: Callable[[Callable[[], None]], Any],
+    others: Sequence[Callable[[], Any]],
+    interrupt: Callable[[], None],
+    abandon: Callable[[], None],
 ) -> list[Any]:
     """Results of ``first(go)`` and of ``others``, which start when it calls ``go()`` or ends, a thread for each core.
 
-    Ctrl-C meanwhile only calls ``interrupt()``, which should make what runs end soon, with a result or without. An
-    error of one ends all.
+    Ctrl-C meanwhile only calls ``interrupt()``, which should make what runs end soon, with a result or without. With an
+    error of one, no other is started any more, and ``abandon()`` should end those that run.
     """
     waiting, started = [_in_precision_of_caller(other) for other in others], []
     with ThreadPoolExecutor(num_workers()) as pool, _on_ctrl_c(interrupt):
@@ -95,7 +98,7 @@ def follow(
         except BaseException:
             for future in started:
                 future.cancel()
-            interrupt()
+            abandon()
             raise
 
 

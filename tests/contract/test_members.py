@@ -25,9 +25,9 @@ def started(monkeypatch):
     """How many backbones were started side by side, on two cores."""
     counts, follow = [], members.follow
 
-    def noting(first, others, interrupt):
+    def noting(first, others, *ends):
         counts.append(1 + len(others))
-        return follow(first, others, interrupt)
+        return follow(first, others, *ends)
 
     monkeypatch.setattr(_threads.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(members, "follow", noting)

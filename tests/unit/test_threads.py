@@ -64,8 +64,8 @@ def test_other_threads_have_the_precision_of_the_caller(cores):
 class TestFollow:
     def test_results_come_in_order(self, cores):
         others = [lambda k=k: k for k in range(1, 6)]
-        assert _threads.follow(lambda go: 0, others, lambda: None) == list(range(6))
-        assert _threads.follow(lambda go: (go(), go())[0], others, lambda: None) == [None, 1, 2, 3, 4, 5]
+        assert _threads.follow(lambda go: 0, others, pytest.fail, pytest.fail) == list(range(6))
+        assert _threads.follow(lambda go: (go(), go())[0], others, pytest.fail, pytest.fail) == [None, 1, 2, 3, 4, 5]
 
     def test_the_others_wait_for_the_first(self):
         order = []
@@ -74,7 +74,7 @@ class TestFollow:
             order.append("first")
             go()
 
-        _threads.follow(first, [lambda: order.append("other")] * 3, lambda: None)
+        _threads.follow(first, [lambda: order.append("other")] * 3, pytest.fail, pytest.fail)
         assert order == ["first"] + 3 * ["other"]
 
     @pytest.mark.parametrize("which", [0, 1, 3])
@@ -87,7 +87,8 @@ class TestFollow:
             assert k < which or ended.wait(60)  # those that run beside it are told to end
 
         with pytest.raises(ZeroDivisionError):
-            _threads.follow(lambda go: (go(), run(0)), [lambda k=k: run(k) for k in range(1, 5)], ended.set)
+            others = [lambda k=k: run(k) for k in range(1, 5)]
+            _threads.follow(lambda go: (go(), run(0)), others, pytest.fail, ended.set)
         assert ended.is_set()
 
     def test_ctrl_c_interrupts_and_is_restored(self, cores):
@@ -99,7 +100,7 @@ class TestFollow:
                 signal.raise_signal(signal.SIGINT)
                 return told.wait(60)
 
-            assert _threads.follow(lambda go: "first", [wait], told.set) == ["first", True]
+            assert _threads.follow(lambda go: "first", [wait], told.set, pytest.fail) == ["first", True]
             assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         finally:
             signal.signal(signal.SIGINT, before)
@@ -107,6 +108,7 @@ class TestFollow:
     def test_a_handler_of_the_program_stays(self, cores):
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            assert _threads.follow(lambda go: signal.getsignal(signal.SIGINT), [], lambda: None) == [signal.SIG_IGN]
+            found = _threads.follow(lambda go: signal.getsignal(signal.SIGINT), [], pytest.fail, pytest.fail)
+            assert found == [signal.SIG_IGN]
         finally:
             signal.signal(signal.SIGINT, before)

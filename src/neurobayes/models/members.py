@@ -34,6 +34,10 @@ MOST_GRADIENT_WORK = 1e9
 """Most floating-point operations of a gradient with which two samplers run at once: a larger one takes all cores by
 itself, and two need twice the memory."""
 
+_with_filters = threading.Lock()
+"""Held by what may change the filters of warnings for a while: they are the process's, and two threads that do would
+leave them changed."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Member:
@@ -67,6 +71,7 @@ def sample_members(
             lambda go: _watched(one, 0, keys[0], together, go),
             [functools.partial(_watched, one, k, keys[k], together) for k in range(1, count)],
             together.interrupt,
+            together.abandon,
         ))  # fmt: skip
     first = one(0, keys[0], report=together.of(0))
     others = [(k, keys[k]) for k in range(1, count)]
@@ -102,6 +107,7 @@ class _Together:
         self.done: dict[str, list[int]] = {}
         self.lock = threading.Lock()
         self.interrupts = 0
+        self.is_abandoned = False
         self.with_draws: set[int] = set()
 
     def of(self, number: int, on_sampling: Callable[[], None] | None = None) -> Report:
@@ -123,6 +129,10 @@ class _Together:
         """Ctrl-C: ends what has draws; all, as long as the first backbone has none."""
         self.interrupts += 1
 
+    def abandon(self) -> None:
+        """An error of one: ends all."""
+        self.is_abandoned = True
+
     def interrupted(self, number: int) -> Callable[[], bool]:
         """Whether there was an interrupt since it was asked last that ends this backbone."""
         seen = self.interrupts
@@ -130,7 +140,7 @@ class _Together:
         def ended() -> bool:
             nonlocal seen
             new, seen = self.interrupts > seen, self.interrupts
-            return new and (number == 0 or number in self.with_draws)
+            return self.is_abandoned or (new and (number == 0 or number in self.with_draws))
 
         return ended
 
@@ -153,7 +163,8 @@ def _sample_member(
     if len(stage.params) > 1 and checkpoint is not None:
         checkpoint = Checkpoint(checkpoint.folder / f"backbone-{number:02d}", checkpoint.fingerprint)
     noise = stage.starting_noise(plan, number)
-    partition = _choose(plan, key_choice, stage, number, noise) if warm is None else warm.source.partition
+    with _with_filters:
+        partition = _choose(plan, key_choice, stage, number, noise) if warm is None else warm.source.partition
     if checkpoint is not None:
         resuming.check_choice(checkpoint, partition)
     density, start = _density(plan, partition, params, stage, number, noise)
@@ -169,7 +180,10 @@ def _sample_member(
     source = on_host(with_draws(source, density, posterior.flat_draws))._replace(analytic=posterior.analytic)
     if plan.learns_prior:
         posterior.info["priors_sigma"] = _prior_stds(partition, density)
-    return Member(source, posterior, judge(plan.prepared, source, posterior, len(stage.params)))
+    if posterior.info.get("independent", False):  # there is little to judge
+        return Member(source, posterior, judge(plan.prepared, source, posterior, len(stage.params)))
+    with _with_filters:
+        return Member(source, posterior, judge(plan.prepared, source, posterior, len(stage.params)))
 
 
 def _choose(plan: Any, key: Key, stage: Stage, number: int, noise: np.ndarray) -> RandomPart:
@@ -200,7 +214,7 @@ def _density(plan: Any, partition: RandomPart, params: Params, stage: Stage, num
             f"{row_blocks.CARRY_BUDGET_BYTES / 2**30:.1f} GiB, so the whole network runs for every gradient. Make "
             "layers nearer the output Bayesian, or give fewer rows.",
             MemoryBudgetWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
     start = np.asarray(priors.split(partition, params))
     if density.form.num_noise:
