@@ -59,7 +59,8 @@ def tasks(settings: Settings) -> list[Task]:
 
 def run(task: Task, folder: Path) -> dict[str, Any]:
     X, y, initial = data.active_pool(folder, task.dataset)
-    steps = learn(X, y, initial[task.split], task.options["steps"], _ours(X, y, initial[task.split], task))
+    num_steps, known = task.options["steps"], initial[task.split]
+    steps = learn(X, y, known, num_steps, _ours(X, y, task, most_rows=len(known) + num_steps))
     curves = {name: [step[name] for step in steps] for name in steps[0]}
     settled = [step["compilations"] for step in steps[SETTLED_AFTER + 1 :]]
     return {
@@ -100,7 +101,7 @@ def learn(
     return steps
 
 
-def _ours(X: np.ndarray, y: np.ndarray, initial: np.ndarray, task: Task) -> FitPredict:
+def _ours(X: np.ndarray, y: np.ndarray, task: Task, most_rows: int) -> FitPredict:
     import warnings
 
     import neurobayes as nb
@@ -111,7 +112,7 @@ def _ours(X: np.ndarray, y: np.ndarray, initial: np.ndarray, task: Task) -> FitP
     model = nb.PartialBNN(methods.network_for(example, network), **constructor)
     refit = task.options["refit"]
     if task.options.get("room"):
-        fit = fit | {"room_for": len(initial) + task.options["steps"]}
+        fit = fit | {"room_for": most_rows}
 
     def fit_predict(known: np.ndarray, pool: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         nonlocal fit

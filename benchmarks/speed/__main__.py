@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks import _common
 from benchmarks._common import Result
 
-GROUPS = ("training", "convolutions", "memory", "hoisting", "engines")
+GROUPS = ("training", "convolutions", "memory", "hoisting", "engines", "together")
 DEFAULT_OUT = _common.ROOT / "benchmarks" / "results" / "speed.json"
 
 
