@@ -12,7 +12,7 @@ ROWS, BACKBONES, DRAWS = 200, 4, 600
 
 
 def together(repeats: int) -> Result:
-    """A second fit of four backbones [16, 16] with two Bayesian layers, one chain each: the seconds of sampling."""
+    """A second fit of four backbones [16, 16] with two Bayesian layers, one chain each."""
     checks, times = [], {}
     for engine in ("nuts", "mclmc"):
         fits = {

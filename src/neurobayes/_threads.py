@@ -14,6 +14,7 @@ import jax
 
 MAX_THREADS = 8
 SECONDS_ASLEEP = 0.2
+"""How long a thread that waits for others may not see a signal."""
 
 
 def beside(function: Callable[[], Any]) -> Callable[[], Any]:

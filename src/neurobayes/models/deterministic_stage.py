@@ -307,14 +307,15 @@ def foresee(
     if choice is None or choice.stands_alone:
         return Bayesian(selected)
     partition = resolve_untrained(choice, info, template)
+    from_inputs = _has_first_layer(partition, info)
     solvable = gaussian and (engine is None or isinstance(engine, Auto | LastLayer))
     if not solvable or config is not None or partition.size > MAX_SCALARS:
-        return Bayesian(partition.size + selected, from_inputs=_has_first_layer(partition, info))
+        return Bayesian(partition.size + selected, from_inputs=from_inputs)
     row = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
     params, state = jax.eval_shape(network.init, abstract_key(), row)
     hoisted = hoist_network(network, partition, params, state, row)
     affine = linearity.late_is_affine(hoisted, partition.size, hoisted.carry_avals)
-    return Bayesian(partition.size, partition if affine else None, _has_first_layer(partition, info))
+    return Bayesian(partition.size, partition if affine else None, from_inputs)
 
 
 def _has_first_layer(partition: Partition, info: NetworkInfo) -> bool:

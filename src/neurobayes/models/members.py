@@ -61,25 +61,24 @@ def sample_members(
     count = len(stage.params)
     together = _Together(report, count)
     keys = [key_sample] if count == 1 else children(key_sample, count)
-    one = functools.partial(
-        _sample_member, plan=plan, stage=stage, key_choice=children(key_train, 2)[1],
-        sampling=sampling.shared(count, exact=plan.exact is not None), checkpoint=checkpoint,
-    )  # fmt: skip
+    share, key_choice = sampling.shared(count, exact=plan.exact is not None), children(key_train, 2)[1]
+
+    def draw(number: int, go: Callable[[], None] | None = None) -> Member:
+        return _sample_member(
+            number, keys[number], plan=plan, stage=stage, key_choice=key_choice, sampling=share, checkpoint=checkpoint,
+            report=together.of(number, go), interrupted=together.interrupted(number),
+        )  # fmt: skip
+
     if count > 1 and _leaves_cores_idle(plan, sampling):
         # The others start when the first has compiled what they all run.
-        return tuple(follow(
-            lambda go: _watched(one, 0, keys[0], together, go),
-            [functools.partial(_watched, one, k, keys[k], together) for k in range(1, count)],
-            together.interrupt,
-            together.abandon,
-        ))  # fmt: skip
-    first = one(0, keys[0], report=together.of(0))
-    others = [(k, keys[k]) for k in range(1, count)]
+        others = [functools.partial(draw, number) for number in range(1, count)]
+        return tuple(follow(functools.partial(draw, 0), others, together.interrupt, together.abandon))
+    first = draw(0)
     work = first.posterior.draws.shape[-1] * plan.prepared.num_rows
     if first.posterior.info.get("engine") == "last_layer" and work <= MOST_SIDE_BY_SIDE:
-        return (first, *side_by_side(functools.partial(one, report=report), others, compiled=True))
+        return (first, *side_by_side(draw, ((number,) for number in range(1, count)), compiled=True))
     # Samplers keep all cores busy by themselves, and large designs the memory.
-    return (first, *(one(k, key, report=together.of(k)) for k, key in others))
+    return (first, *map(draw, range(1, count)))
 
 
 def _leaves_cores_idle(plan: Any, sampling: Sampling) -> bool:
@@ -93,12 +92,6 @@ def _leaves_cores_idle(plan: Any, sampling: Sampling) -> bool:
     )
 
 
-def _watched(
-    one: Callable[..., Member], number: int, key: Key, together: "_Together", go: Callable[[], None] | None = None
-) -> Member:
-    return one(number, key, report=together.of(number, go), interrupted=together.interrupted(number))
-
-
 class _Together:
     """What runs of several backbones share: their progress as that of one run, and Ctrl-C."""
 
@@ -108,16 +101,13 @@ class _Together:
         self.lock = threading.Lock()
         self.interrupts = 0
         self.is_abandoned = False
-        self.with_draws: set[int] = set()
 
     def of(self, number: int, on_sampling: Callable[[], None] | None = None) -> Report:
         """The report of one backbone, which calls ``on_sampling`` when its first draws are there."""
 
         def report(stage: str, done: int, total: int, note: str = "") -> None:
-            if stage == "sampling":
-                self.with_draws.add(number)
-                if on_sampling is not None:
-                    on_sampling()
+            if stage == "sampling" and on_sampling is not None:
+                on_sampling()
             with self.lock:
                 counts = self.done.setdefault(stage, [0] * self.count)
                 counts[number] = done
@@ -140,7 +130,8 @@ class _Together:
         def ended() -> bool:
             nonlocal seen
             new, seen = self.interrupts > seen, self.interrupts
-            return self.is_abandoned or (new and (number == 0 or number in self.with_draws))
+            has_draws = "sampling" in self.done and self.done["sampling"][number] > 0
+            return self.is_abandoned or (new and (number == 0 or has_draws))
 
         return ended
 
@@ -155,7 +146,7 @@ def _sample_member(
     sampling: Sampling,
     report: Report,
     checkpoint: Checkpoint | None,
-    interrupted: Callable[[], bool] | None = None,
+    interrupted: Callable[[], bool],
 ) -> Member:
     """The Bayesian part of one backbone."""
     params = stage.params[number]
@@ -180,8 +171,6 @@ def _sample_member(
     source = on_host(with_draws(source, density, posterior.flat_draws))._replace(analytic=posterior.analytic)
     if plan.learns_prior:
         posterior.info["priors_sigma"] = _prior_stds(partition, density)
-    if posterior.info.get("independent", False):  # there is little to judge
-        return Member(source, posterior, judge(plan.prepared, source, posterior, len(stage.params)))
     with _with_filters:
         return Member(source, posterior, judge(plan.prepared, source, posterior, len(stage.params)))
 
@@ -214,7 +203,7 @@ def _density(plan: Any, partition: RandomPart, params: Params, stage: Stage, num
             f"{row_blocks.CARRY_BUDGET_BYTES / 2**30:.1f} GiB, so the whole network runs for every gradient. Make "
             "layers nearer the output Bayesian, or give fewer rows.",
             MemoryBudgetWarning,
-            stacklevel=6,
+            stacklevel=7,
         )
     start = np.asarray(priors.split(partition, params))
     if density.form.num_noise:

@@ -169,7 +169,7 @@ def sample(
     checkpoint: Checkpoint | None,
     warm_start: dict[str, Any] | None,
     report: Report,
-    interrupted: Callable[[], bool] | None = None,
+    interrupted: Callable[[], bool],
 ) -> Posterior:
     """Draws from the engine; a density without any random scalar needs none."""
     if density.size == 0:
