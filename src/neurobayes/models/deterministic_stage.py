@@ -105,15 +105,18 @@ class Stage(NamedTuple):
 def train(
     plan: Any, key: Key, seed: int, options: PretrainingOptions, report: Report, checkpoint: Checkpoint | None
 ) -> Stage:
-    """Weights and frozen state: those given, those a checkpoint holds, or those of the deterministic stage."""
+    """Weights and frozen state: given, initial, held by a checkpoint, or those of the deterministic stage."""
     rows = plan.prepared.rows
     real = np.asarray(rows.real, np.float32)
     if plan.warm is not None:
         return _continued(plan, real)
     if plan.weights is not None:
-        state = _initial_state(plan.network, key, rows.x)
+        _, state = _initial(plan.network, key, rows.x)
         _warn_of_units(plan, state)
         return Stage([plan.weights], state, [None], real[None], _ONE_PART, None)
+    if plan.untrained:
+        params, state = _initial(plan.network, key, rows.x)
+        return Stage([params], state, [None], real[None], _ONE_PART, None)
     burn_in = 0.5 if plan.select_config is None else plan.select_config.burn_in
     options = dataclasses.replace(options, track_statistics=plan.needs_statistics, burn_in=burn_in)
     if plan.num_backbones > 1:
@@ -138,7 +141,8 @@ def compile_ahead(plan: Any, key: Key, options: PretrainingOptions) -> bool:
 
     ``key`` may be any.
     """
-    if plan.warm is not None or plan.weights is not None or not regularisation.one_by_one():
+    trains = plan.warm is None and plan.weights is None and not plan.untrained
+    if not trains or not regularisation.one_by_one():
         return False
     options = dataclasses.replace(options, track_statistics=plan.needs_statistics)
     rows, noise, longest = plan.prepared.rows, _assumed_noise(plan), _longest(plan, options)
@@ -261,8 +265,8 @@ def state_template(network: Network, x: Any) -> State:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _initial_state(network: Network, key: Key, x: Any) -> State:
-    return network.init(key, x[:1])[1]
+def _initial(network: Network, key: Key, x: Any) -> tuple[Params, State]:
+    return network.init(key, x[:1])
 
 
 def _warn_of_units(plan: Any, state: State) -> None:

@@ -99,16 +99,17 @@ class Plan:
     exact: Partition | None
     from_inputs: bool
     noise_varies: bool
+    untrained: bool = False
     warm: Fitted | None = None
 
 
 def pretraining_options(
-    epochs: Any, rate: LearningRate | None, batch_size: Any, swa_config: Any, sigma: Any
+    epochs: Any, rate: LearningRate | None, batch_size: Any, swa_config: Any, sigma: Any, *, least_epochs: int = 1
 ) -> PretrainingOptions:
     """Checked options of the deterministic stage."""
-    for name, value in (("sgd_epochs", epochs), ("sgd_batch_size", batch_size)):
+    for name, value, least in (("sgd_epochs", epochs, least_epochs), ("sgd_batch_size", batch_size, 1)):
         if value is not None:
-            _checks.check_positive_int(name, value)
+            _checks.check_positive_int(name, value, minimum=least)
     if rate is not None and not callable(rate):
         _checks.check_positive("sgd_lr", rate)
     if isinstance(sigma, str):
@@ -135,6 +136,7 @@ def make_plan(
     num_backbones: int | str = 1,
     engine: Engine | None = None,
     noise: str = "constant",
+    untrained: bool = False,
     previous: Fitted | None = None,
     warm: bool = False,
     room_for: int | None = None,
@@ -143,7 +145,8 @@ def make_plan(
 
     ``previous`` is an earlier fit, whose padding is kept where a few rows were
     added; with ``warm`` its weights, units and sampler are what the fit starts from.
-    ``room_for`` is the most rows that later fits will have.
+    ``room_for`` is the most rows that later fits will have. With ``untrained``
+    the weights keep their initial values, unless they are given.
     """
     likelihood = likelihood_of(noise, num_classes)
     check_engine(engine, likelihood)
@@ -157,12 +160,16 @@ def make_plan(
     priors_sigma, learns_prior = _prior_scale(priors_sigma, template)
     config = None if select_config is None else selection.validate_select_config(select_config, info)
     asked = check(choice, config, info, template, priors_sigma)
+    untrained = untrained and weights is None
     if weights is not None:
         _check_given(asked, statistics, 1 if warm else num_backbones)
+    elif untrained:
+        _check_untrained(asked, num_backbones, prior_mean)
     bayesian = deterministic_stage.foresee(
         network, prepared.rows.x, template, choice, config, info, engine, gaussian=type(likelihood) is Gaussian
     )
-    count = 1 if weights is not None else deterministic_stage.how_many(network, prepared, num_backbones, bayesian)
+    single = weights is not None or untrained
+    count = 1 if single else deterministic_stage.how_many(network, prepared, num_backbones, bayesian)
     return Plan(
         network=network,
         prepared=prepared,
@@ -182,6 +189,7 @@ def make_plan(
         exact=bayesian.exact,
         from_inputs=bayesian.from_inputs,
         noise_varies=noise == "varying",
+        untrained=untrained,
         warm=previous if warm else None,
     )
 
@@ -208,6 +216,25 @@ def _check_given(asked: set[str], statistics: Any, num_backbones: int | str) -> 
         raise OptionError(
             f"num_backbones={num_backbones} asks for networks trained here, and the weights are given, by "
             "deterministic_weights= or by the network itself. Leave num_backbones out."
+        )
+
+
+def _check_untrained(asked: set[str], num_backbones: int | str, prior_mean: str) -> None:
+    """Raise where a network that is not trained cannot serve."""
+    if asked:
+        raise OptionError(
+            f"a choice by {', '.join(sorted(asked))} needs the statistics of a training run, and sgd_epochs=0 trains "
+            "nothing. Give sgd_epochs of at least 1, or choose layers or weights by name."
+        )
+    if num_backbones not in ("auto", 1):
+        raise OptionError(
+            f"num_backbones={num_backbones} asks for networks trained on different rows, and sgd_epochs=0 trains none. "
+            "Leave num_backbones out."
+        )
+    if prior_mean == "map":
+        raise OptionError(
+            "prior_mean='map' centres the prior at trained values, and sgd_epochs=0 trains none. Pass "
+            "prior_mean='zero'."
         )
 
 

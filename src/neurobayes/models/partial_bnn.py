@@ -178,7 +178,8 @@ class PartialBNN(Predicting):
         num_chains : independent chains.
         chain_method : ``"vectorized"``, ``"parallel"`` (one chain per device) or ``"sequential"``.
         sgd_epochs : epochs of the deterministic stage, or the most to consider where ``map_sigma="auto"``
-            chooses how many.
+            chooses how many. With 0 nothing is trained: fixed weights keep their random initial values, which know
+            nothing of the data, and there is one backbone; it takes ``prior_mean="zero"``.
         sgd_lr : step size or optax schedule; by default a cosine from 0.01 downwards.
         sgd_batch_size : rows per step; by default all of up to 256 rows, else 128.
         swa_config : weight averaging in the deterministic stage, as for ``DeterministicNN``.
@@ -225,7 +226,9 @@ class PartialBNN(Predicting):
         sampling = Sampling.from_user(
             engine, chain_method, num_warmup, num_samples, num_chains, until, seconds, checkpoint_dir
         )
-        training = fitting.pretraining_options(sgd_epochs, sgd_lr, sgd_batch_size, swa_config, map_sigma)
+        training = fitting.pretraining_options(
+            sgd_epochs, sgd_lr, sgd_batch_size, swa_config, map_sigma, least_epochs=0
+        )
         key = _checks.as_key(rng_key, seed)
         if warm_start and select_neurons_config is not None:
             raise OptionError("warm_start keeps the earlier fit's Bayesian weights: leave select_neurons_config out.")
@@ -234,11 +237,11 @@ class PartialBNN(Predicting):
             select_config=select_neurons_config, given=self.deterministic_weights, num_classes=self.num_classes,
             standardize=self.standardize, noise_prior=self.noise_prior, prior_mean=self.prior_mean,
             priors_sigma=priors_sigma, num_backbones=self.num_backbones, engine=sampling.engine,
-            noise=self.noise, previous=self._previous(warm_start), warm=bool(warm_start),
-            room_for=room_for,
+            noise=self.noise, untrained=training.epochs == 0, previous=self._previous(warm_start),
+            warm=bool(warm_start), room_for=room_for,
         )  # fmt: skip
         if self.num_backbones == 1:
-            above_features = self.prior_mean == "map" and not plan.from_inputs
+            above_features = self.prior_mean == "map" and not plan.from_inputs and not plan.untrained
             deterministic_stage.warn_of_one(plan.prepared.num_rows, partial=above_features)
         with progress(progress_bar) as report:
             fitted = fitting.run(plan, key, training, sampling, report)
@@ -287,7 +290,7 @@ class PartialBNN(Predicting):
     def pretraining(self) -> Pretrained | None:
         """The deterministic stage of the (first) backbone: weights, losses, the chosen regularisation.
 
-        None if weights were given.
+        None if weights were given, or nothing was trained.
         """
         return self._require_fitted().pretrained
 
