@@ -130,8 +130,8 @@ def report(records: Sequence[Record], settings: Settings) -> Report:
     parts = [
         "Initial rows as published, inputs standardised on all rows, raw targets (log10 for htem), one row of largest "
         "epistemic variance per step, metrics on the remaining pool, mean over seeds. NLPD is the Gaussian form. Ours: "
-        "the default configuration, and a network [16, 16] with both hidden layers Bayesian below a fixed random output layer. "
-        "Theirs: the fully Bayesian network, the partially Bayesian run with the least mean NLPD, and the Gaussian "
+        "the default configuration, and a network [16, 16] with both hidden layers Bayesian below an output layer of "
+        "fixed random weights. Theirs: the fully Bayesian network, the partially Bayesian run with the least mean NLPD, and the Gaussian "
         "process; the means over steps are over the same steps as ours."
     ]
     rows, checks, drawn = [], [], {}

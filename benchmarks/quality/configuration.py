@@ -38,7 +38,7 @@ HIDDEN_LAYERS: dict[str, Any] = {
     "prior_mean": "zero",
     "priors_sigma": {"Dense0": 1.0, "Dense1": 0.7},
     "engine": "mclmc",
-    "num_chains": 4,
+    "num_chains": 2,
     "num_warmup": 250,
     "num_samples": 250,
 }
