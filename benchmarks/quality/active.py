@@ -131,8 +131,8 @@ def report(records: Sequence[Record], settings: Settings) -> Report:
         "Initial rows as published, inputs standardised on all rows, raw targets (log10 for htem), one row of largest "
         "epistemic variance per step, metrics on the remaining pool, mean over seeds. NLPD is the Gaussian form. Ours: "
         "the default configuration, and a network [16, 16] with both hidden layers Bayesian below an output layer of "
-        "fixed random weights. Theirs: the fully Bayesian network, the partially Bayesian run with the least mean NLPD, and the Gaussian "
-        "process; the means over steps are over the same steps as ours."
+        "fixed random weights. Theirs: the fully Bayesian network, the partially Bayesian run with the least mean "
+        "NLPD, and the Gaussian process; the means over steps are over the same steps as ours."
     ]
     rows, checks, drawn = [], [], {}
     for dataset in TARGETS:
