@@ -37,6 +37,15 @@ def test_an_unknown_column_is_named(fitted):
         fitted.predict(pd.DataFrame(X, columns=["width", "height", "masse"]))
 
 
+@pytest.mark.parametrize("chosen", [NAMES[::-1], NAMES[:2]], ids=["another order", "too few"])
+def test_a_warm_start_refuses_other_columns(fitted, frame, chosen):
+    before = np.asarray(fitted.predict(frame))
+    go_on = fitted.fit if isinstance(fitted, nb.PartialBNN) else fitted.train
+    with pytest.raises(DataError, match=r"another order|2 columns but fit saw 3"):
+        go_on(frame[chosen], Y, warm_start=True)
+    np.testing.assert_array_equal(np.asarray(fitted.predict(frame)), before)
+
+
 def test_the_same_columns_and_plain_arrays_predict_alike(fitted, frame):
     np.testing.assert_array_equal(np.asarray(fitted.predict(frame)), np.asarray(fitted.predict(X)))
 

@@ -196,6 +196,12 @@ def prepare(
                     _checks.column_names(X))  # fmt: skip
 
 
+def check_rows(X: Any, network: Network, columns: tuple[str, ...] | None, row_shape: tuple[int, ...]) -> None:
+    """Raise where an earlier fit is to be continued with other columns, or rows of another shape, than it had."""
+    _checks.check_columns(X, columns)
+    _checks.as_inputs(X, network.input_spec, expected_shape=row_shape)
+
+
 def _padded_size(num_rows: int, earlier: tuple[int, int] | None, room_for: int | None) -> int:
     """How many rows compiled programs are made for: what is asked for, else 5 % more than there are.
 

@@ -21,6 +21,7 @@ from .base import (
     Prepared,
     TrainedParams,
     as_user_network,
+    check_rows,
     network_info,
     output_width,
     prepare,
@@ -301,6 +302,8 @@ class DeterministicNN:
         return self._trained
 
     def _prepare(self, X: Any, y: Any, before: _Trained | None) -> Prepared:
+        if before is not None:
+            check_rows(X, self._network, before.columns, self.input_shape)
         prepared = prepare(
             self._network, X, y, num_classes=None if self.is_regression else self._num_outputs,
             outputs_per_target=self._likelihood.outputs_per_target, standardize=self.standardize,

@@ -35,7 +35,7 @@ from ..predictive import Source
 from ..pretraining import Pretrained, PretrainingOptions
 from ..schedules import AveragingConfig, LearningRate
 from . import deterministic_stage, resuming
-from .base import Prepared, TrainedParams, abstract_key, network_info, prepare
+from .base import Prepared, TrainedParams, abstract_key, check_rows, network_info, prepare
 from .choosing import check
 from .deterministic import DeterministicNN
 from .deterministic_stage import Stage
@@ -249,6 +249,7 @@ def _data_and_weights(
         given = network.pretrained
     earlier = None if previous is None else (previous.num_rows, previous.capacity)
     if warm and previous is not None:
+        check_rows(X, network, previous.columns, previous.row_shape)
         prepared = prepare(network, X, y, standardize=True, scaling=previous.scaling, earlier=earlier, **layout)
         return prepared, previous.members[0].source.params
     return _prepare(network, X, y, standardize, given, earlier, layout), given
