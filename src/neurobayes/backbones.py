@@ -85,6 +85,9 @@ class Backbones:
     epochs: np.ndarray
     unseen_rmse: np.ndarray | None
 
+    def __repr__(self) -> str:
+        return f"Backbones({len(self.members)} members, sigmas={self.sigmas}, num_parts={self.num_parts})"
+
     @property
     def sigmas(self) -> list[float | None]:
         """Prior standard deviation of each part's weights; None for no prior."""

@@ -50,10 +50,10 @@ class PretrainingOptions:
 class Pretrained:
     """A trained network and what was chosen for it."""
 
-    params: Params
-    state: State
-    history: dict[str, np.ndarray]
-    statistics: TrainingStatistics | None
+    params: Params = dataclasses.field(repr=False)
+    state: State = dataclasses.field(repr=False)
+    history: dict[str, np.ndarray] = dataclasses.field(repr=False)
+    statistics: TrainingStatistics | None = dataclasses.field(repr=False)
     sigma: float | None
     num_epochs: int
     search: Regularisation | None

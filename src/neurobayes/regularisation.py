@@ -58,7 +58,7 @@ class Regularisation:
 
     sigma: float
     num_epochs: int
-    losses: np.ndarray
+    losses: np.ndarray = dataclasses.field(repr=False)
     sigmas: tuple[float, ...]
     unseen_rmse: np.ndarray | None
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import inspect
 import math
-from collections.abc import Callable
+import reprlib
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -73,6 +75,10 @@ ROOM_FOR_MORE = 20
 
 GROWTH = 1.5
 """How much a padded size grows that added rows have filled."""
+
+
+MOST_TEXT = 80
+"""Characters of one argument that the text form of a model shows."""
 
 
 class Prepared(NamedTuple):
@@ -247,3 +253,55 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     shifted = np.asarray(logits, float) - np.max(logits, axis=-1, keepdims=True)
     exponential = np.exp(shifted)
     return exponential / exponential.sum(axis=-1, keepdims=True)
+
+
+def constructor_text(model: Any) -> str:
+    """How a model was constructed, in one line: its required arguments, and the others that differ from the default."""
+    parameters = list(inspect.signature(type(model)).parameters.values())
+    shown = [_network_text(getattr(model, parameters[0].name))]
+    for parameter in parameters[1:]:
+        value = getattr(model, parameter.name, parameter.default)
+        if parameter.default is inspect.Parameter.empty:
+            shown.append(_text(value))
+        elif not _is_default(value, parameter.default):
+            shown.append(f"{parameter.name}={_text(value)}")
+    return f"{type(model).__name__}({', '.join(shown)})"
+
+
+def _network_text(network: Any) -> str:
+    """A network by its class, and by its arguments where these are plain values; its weights are left out."""
+    if not dataclasses.is_dataclass(network) or isinstance(network, type):
+        return f"({_text(network[0])}, …)" if isinstance(network, tuple) else f"{type(network).__name__}(…)"
+    shown = []
+    for field in dataclasses.fields(network):
+        value = getattr(network, field.name, None)
+        if not field.init or field.name in ("parent", "name") or _is_default(value, field.default):
+            continue
+        if not (
+            callable(value) or all(isinstance(v, _PLAIN) for v in (value if isinstance(value, tuple) else [value]))
+        ):
+            return f"{type(network).__name__}(…)"
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        shown.append(_text(value) if required else f"{field.name}={_text(value)}")
+    return f"{type(network).__name__}({', '.join(shown)})"
+
+
+_PLAIN = (str, int, float, type(None))
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    return value is default or (isinstance(value, (*_PLAIN, tuple)) and value == default)
+
+
+def _text(value: Any) -> str:
+    """A short text in one line, whatever the value holds."""
+    if inspect.isroutine(value):
+        return value.__name__
+    short = reprlib.Repr()
+    short.maxother = short.maxstring = MOST_TEXT
+    text = " ".join(short.repr(value).split())
+    if text.startswith("<") or hasattr(value, "dtype"):
+        return f"{type(value).__name__}(…)"
+    if isinstance(value, Mapping) and any(isinstance(entry, Mapping) for entry in value.values()):
+        return "{…}"  # weights
+    return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}…"

@@ -22,6 +22,7 @@ from .base import (
     TrainedParams,
     as_user_network,
     check_rows,
+    constructor_text,
     network_info,
     output_width,
     prepare,
@@ -163,6 +164,10 @@ class DeterministicNN:
                 "it with target_dim=2 or more; for numbers leave loss out."
             )
         self._example = template.example
+
+    def __repr__(self) -> str:
+        text, trained = constructor_text(self), self._trained
+        return text if trained is None else f"{text}; trained for {len(trained.result.history['loss'])} epochs"
 
     @property
     def is_regression(self) -> bool:

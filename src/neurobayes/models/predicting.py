@@ -14,7 +14,7 @@ from ..mixture import Mixture
 from ..networks.base import Network
 from ..predictive import ClassPrediction, RegressionPrediction, as_pair
 from . import calibrated
-from .base import softmax, to_target_shape
+from .base import constructor_text, softmax, to_target_shape
 from .deterministic_stage import row_hashes
 from .fitting import Fitted, Member
 
@@ -34,6 +34,14 @@ class Predicting:
     calibration: str | None
     _network: Network
     _fitted: Fitted | None
+
+    def __repr__(self) -> str:
+        text, fitted = constructor_text(self), self._fitted
+        if fitted is None:
+            return text
+        size, count = fitted.members[0].source.partition.size, len(fitted.members)
+        weights = f"{size} Bayesian weight{'s' * (size != 1)}, {count} backbone{'s' * (count != 1)}"
+        return f"{text}; fitted to {fitted.num_rows} rows, {weights}"
 
     @property
     def is_regression(self) -> bool:

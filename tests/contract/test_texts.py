@@ -1,0 +1,44 @@
+"""What models print as, and whether what they hold can be pickled."""
+
+import equinox as eqx
+import jax
+import numpyro.distributions as dist
+import pytest
+
+import neurobayes as nb
+
+
+@pytest.fixture(scope="module")
+def model(mlp, regression):
+    """Several backbones with an output layer that is Bayesian."""
+    options = {"num_samples": 400, "sgd_epochs": 5, "map_sigma": 1.0, "progress_bar": False, "seed": 0}
+    return nb.PartialBNN(mlp, num_probabilistic_layers=1, num_backbones=3).fit(*regression, **options)
+
+
+def test_a_model_prints_what_differs_from_the_default(mlp):
+    silu = nb.FlaxMLP([6], 3, activation="silu")
+    assert repr(nb.PartialBNN(mlp, num_probabilistic_layers=1)) == (
+        "PartialBNN(FlaxMLP((6, 4), 1), num_probabilistic_layers=1)"
+    )
+    assert repr(nb.BNN(silu, 3)) == "BNN(FlaxMLP((6,), 3, activation='silu'), num_classes=3)"
+    assert repr(nb.DeterministicNN(mlp, 3, optimizer="sgd")) == (
+        "DeterministicNN(FlaxMLP((6, 4), 1), (3,), optimizer='sgd')"
+    )
+
+
+def test_no_weights_are_printed(mlp):
+    assert repr(nb.PartialBNN(eqx.nn.MLP(3, 1, 4, 1, key=jax.random.key(0)))) == "PartialBNN(MLP(…))"
+    weights = {"Dense0": {"kernel": [[1.0, 2.0]]}}
+    text = repr(nb.PartialBNN(mlp, deterministic_weights=weights, noise_prior=dist.HalfNormal(0.3)))
+    assert text.endswith("deterministic_weights={…}, noise_prior=HalfNormal(…))")
+
+
+def test_a_fitted_model_prints_its_size(model, mlp, regression):
+    assert repr(model).endswith("num_backbones=3); fitted to 60 rows, 5 Bayesian weights, 3 backbones")
+    trained = nb.DeterministicNN(mlp, 3).train(*regression, 5)
+    assert repr(trained) == "DeterministicNN(FlaxMLP((6, 4), 1), (3,)); trained for 5 epochs"
+
+
+def test_backbones_print_in_a_line(model):
+    assert repr(model.backbones) == "Backbones(3 members, sigmas=[1.0], num_parts=4)"
+    assert len(repr(model.pretraining)) < 200
