@@ -7,7 +7,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
@@ -15,6 +15,10 @@ import jax
 MAX_THREADS = 8
 SECONDS_ASLEEP = 0.2
 """How long a thread that waits for others may not see a signal."""
+
+filters_of_warnings = threading.RLock()
+"""Held by what may change the filters of warnings for a while, as ``warnings.catch_warnings`` does: they are the
+process's, and two threads that do would leave them changed."""
 
 
 def beside(function: Callable[[], Any]) -> Callable[[], Any]:
@@ -93,9 +97,10 @@ def follow(
 
         leader = pool.submit(_in_precision_of_caller(first), go)
         try:
-            results = [_awake_result(leader)]
+            _wait_awake([leader], started)
             go()
-            return [*results, *(_awake_result(future) for future in started)]
+            _wait_awake(started, started)
+            return [future.result() for future in (leader, *started)]
         except BaseException:
             for future in started:
                 future.cancel()
@@ -103,11 +108,16 @@ def follow(
             raise
 
 
-def _awake_result(future: Future) -> Any:
-    """The result; a signal that the system gives to another thread is seen while it is waited for."""
-    while not wait([future], timeout=SECONDS_ASLEEP).done:
-        pass
-    return future.result()
+def _wait_awake(awaited: Sequence[Future], others: Sequence[Future]) -> None:
+    """Wait for what is ``awaited``; an error of that or of ``others``, which may grow meanwhile, is raised at once.
+
+    A signal that the system gives to another thread is seen meanwhile.
+    """
+    while pending := [future for future in awaited if not future.done()]:
+        wait([*pending, *others], timeout=SECONDS_ASLEEP, return_when=FIRST_EXCEPTION)
+        for future in (*awaited, *others):
+            if future.done():
+                future.result()
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ._threads import filters_of_warnings
+
 R_HAT_LIMIT = 1.05
 MIN_ESS = 100.0
 SATURATION_LIMIT = 0.1
@@ -120,7 +122,9 @@ def effective_sample_size(values: np.ndarray, method: str = "bulk") -> np.ndarra
     from arviz_stats.base import array_stats
 
     prob = (0.05, 0.95) if method == "tail" else None
-    return np.asarray(array_stats.ess(np.asarray(values, float), chain_axis=0, draw_axis=1, method=method, prob=prob))
+    with filters_of_warnings:  # stopping rules are judged in the threads of several samplers
+        found = array_stats.ess(np.asarray(values, float), chain_axis=0, draw_axis=1, method=method, prob=prob)
+    return np.asarray(found)
 
 
 def split_r_hat(values: np.ndarray) -> np.ndarray:
@@ -130,7 +134,7 @@ def split_r_hat(values: np.ndarray) -> np.ndarray:
     if len(values) == 1:
         half = values.shape[1] // 2
         values = np.concatenate([values[:, :half], values[:, half : 2 * half]])
-    with np.errstate(divide="ignore", invalid="ignore"):  # chains that never move
+    with filters_of_warnings, np.errstate(divide="ignore", invalid="ignore"):  # chains that never move
         return np.asarray(array_stats.rhat(np.asarray(values, float), chain_axis=0, draw_axis=1))
 
 

@@ -9,6 +9,7 @@ import neurobayes as nb
 from neurobayes import _threads
 from neurobayes.errors import ConvergenceWarning, TrainingError
 from neurobayes.models import members
+from neurobayes.models.sampling import Sampling
 
 FEW = {"sgd_epochs": 5, "map_sigma": 1.0, "num_warmup": 20, "num_samples": 60, "progress_bar": False, "seed": 0}
 
@@ -70,6 +71,29 @@ def test_progress_is_that_of_one_run(regression, started, monkeypatch):
     made = [(done, total) for stage, done, total in told if stage == "sampling"]
     assert [done for done, _ in made] == sorted(done for done, _ in made)
     assert made[-1] == (3 * 35, 3 * 35)  # each makes its share: the draws over the root of the number
+
+
+def test_a_rule_is_shared_and_judged_side_by_side(regression, started, monkeypatch, chunks_of):
+    chunks_of(20)
+    monkeypatch.setattr(_threads.os, "cpu_count", lambda: 4)
+    model = nb.PartialBNN(nb.FlaxMLP([6], 1), num_backbones=4)
+    options = {**FEW, "num_warmup": 80, "num_samples": 2000, "until": "ess>120", "engine": "nuts"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        before = list(warnings.filters)
+        model.fit(*regression, **options)
+        assert warnings.filters == before
+    assert started == [4]
+    found = [member.diagnostics.ess_bulk for member in model._fitted.members]
+    assert all(member.posterior.info["ended_by"] == "until" for member in model._fitted.members)
+    assert 30 < min(found) < 120
+
+
+def test_what_each_of_several_backbones_must_reach():
+    sampling = Sampling.from_user("nuts", "vectorized", 10, None, 1, "ess>400 and r_hat<1.1", None, None)
+    for exact in (False, True):
+        share = sampling.shared(4, exact=exact).until
+        assert share is not None and (share.ess, share.r_hat) == (100.0, 1.1)
 
 
 @pytest.mark.parametrize("number", [0, 2])

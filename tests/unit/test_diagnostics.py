@@ -1,8 +1,13 @@
 """The verdict on a run: each figure against its definition, each complaint with its remedy."""
 
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import scipy.signal
+from arviz_stats.base import array_stats
 
 from neurobayes.diagnostics import diagnose, effective_sample_size, energy_fraction, split_r_hat
 
@@ -138,3 +143,16 @@ def test_draws_that_are_not_finite_are_not_trusted(bad):
 
 def test_an_engine_without_reports_is_judged_by_its_draws():
     assert diagnose(independent(), {}, 10).ok
+
+
+def test_threads_that_judge_at_once_leave_the_filters_of_warnings(monkeypatch):
+    """ArviZ changes them around its Fourier transforms, here slow ones."""
+    transform = type(array_stats).rfft
+    monkeypatch.setattr(type(array_stats), "rfft", lambda *args, **kw: time.sleep(0.002) or transform(*args, **kw))
+    values = independent(num_draws=50, num_quantities=1)
+    with warnings.catch_warnings():
+        before = list(warnings.filters)
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda number: effective_sample_size(values).min(), range(8)))
+        assert warnings.filters == before
+    assert len(set(found)) == 1

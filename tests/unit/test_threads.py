@@ -91,6 +91,23 @@ class TestFollow:
             _threads.follow(lambda go: (go(), run(0)), others, pytest.fail, ended.set)
         assert ended.is_set()
 
+    @pytest.mark.parametrize("first_ends", [False, True])
+    def test_an_error_is_noticed_while_earlier_ones_run(self, monkeypatch, first_ends):
+        monkeypatch.setattr(_threads.os, "cpu_count", lambda: 3)
+        ended = threading.Event()
+
+        def wait():
+            assert ended.wait(20), "not told to end"
+
+        def first(go):
+            go()
+            if not first_ends:
+                wait()
+
+        with pytest.raises(ZeroDivisionError):
+            _threads.follow(first, [wait, lambda: 1 // 0], pytest.fail, ended.set)
+        assert ended.is_set()
+
     def test_ctrl_c_interrupts_and_is_restored(self, cores):
         told = threading.Event()
         before = signal.signal(signal.SIGINT, signal.default_int_handler)

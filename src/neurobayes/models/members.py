@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import log_density, priors, row_blocks
 from .._keys import children
-from .._threads import follow, num_workers, side_by_side
+from .._threads import filters_of_warnings, follow, num_workers, side_by_side
 from .._typing import Key, Params
 from ..checkpoint import Checkpoint
 from ..diagnostics import Diagnostics
@@ -33,10 +33,6 @@ MOST_SIDE_BY_SIDE = 2**22
 MOST_GRADIENT_WORK = 1e9
 """Most floating-point operations of a gradient with which two samplers run at once: a larger one takes all cores by
 itself, and two need twice the memory."""
-
-_with_filters = threading.Lock()
-"""Held by what may change the filters of warnings for a while: they are the process's, and two threads that do would
-leave them changed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +150,7 @@ def _sample_member(
     if len(stage.params) > 1 and checkpoint is not None:
         checkpoint = Checkpoint(checkpoint.folder / f"backbone-{number:02d}", checkpoint.fingerprint)
     noise = stage.starting_noise(plan, number)
-    with _with_filters:
+    with filters_of_warnings:  # clustering changes them
         partition = _choose(plan, key_choice, stage, number, noise) if warm is None else warm.source.partition
     if checkpoint is not None:
         resuming.check_choice(checkpoint, partition)
@@ -171,8 +167,7 @@ def _sample_member(
     source = on_host(with_draws(source, density, posterior.flat_draws))._replace(analytic=posterior.analytic)
     if plan.learns_prior:
         posterior.info["priors_sigma"] = _prior_stds(partition, density)
-    with _with_filters:
-        return Member(source, posterior, judge(plan.prepared, source, posterior, len(stage.params)))
+    return Member(source, posterior, judge(plan.prepared, source, posterior, len(stage.params)))
 
 
 def _choose(plan: Any, key: Key, stage: Stage, number: int, noise: np.ndarray) -> RandomPart:
