@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -12,13 +13,14 @@ import numpy as np
 from . import errors
 
 MISSING = frozenset({"", "?", "na", "n/a", "nan", "null"})
-"""Cells that count as missing, whatever their case."""
+"""Cells that count as missing, whatever their case; ``None`` and the errors of spreadsheets do, too."""
 MAX_CATEGORIES = 30
 """A text column with more distinct values than this is refused instead of one-hot encoded."""
 MAX_CLASSES = 50
 """A target with more distinct classes than this is refused."""
 
 _DELIMITERS = (",", ";", "\t")
+_SPREADSHEET_ERROR = re.compile(r"#N/A|#[A-Z0-9/]+[!?]")  # Excel's, such as #DIV/0! and #NAME?
 _SHOWN = 3  # how many faulty cells a message lists
 _FEW_VALUES = 10  # a whole-number target with no more distinct values than this may have been meant as classes
 
@@ -236,6 +238,7 @@ def encode(table: Table, target: str, *, task: str = "auto", ignore: Iterable[st
         raise errors.DataError(f"{target!r} is the target and cannot be dropped.")
     features = [name for name in table.columns if name != target and name not in ignored]
     _check_missing(table, [*features, target])
+    _check_decimals(table, features if task == "classification" else [target, *features])
     classes = _classes(table, target, task)
     columns, dropped = _columns(table, features)
     if not columns:
@@ -282,7 +285,7 @@ def _check_missing(table: Table, names: Sequence[str]) -> None:
         (line, name)
         for name in names
         for line, cell in zip(table.lines, table.columns[name], strict=True)
-        if cell.lower() in MISSING
+        if _is_missing(cell)
     ]
     if cells:
         shown = ", ".join(f"column {name!r} line {line}" for line, name in sorted(cells)[:_SHOWN])
@@ -293,11 +296,32 @@ def _check_missing(table: Table, names: Sequence[str]) -> None:
         )
 
 
+def _is_missing(cell: str) -> bool:
+    return cell.lower() in MISSING or cell == "None" or _SPREADSHEET_ERROR.fullmatch(cell) is not None
+
+
 def _number(cell: str) -> float | None:
     try:
         return None if "_" in cell else float(cell)  # float() would take 1_000
     except ValueError:
         return None
+
+
+def _has_decimal_comma(cell: str) -> bool:
+    return _number(cell) is None and _number(cell.replace(",", ".", 1)) is not None
+
+
+def _check_decimals(table: Table, names: Iterable[str]) -> None:
+    """Raise where most of what is no number in a column is one but for its decimal comma: it is no text."""
+    for name in names:
+        text = [i for i, cell in enumerate(table.columns[name]) if _number(cell) is None]
+        commas = [i for i in text if _has_decimal_comma(table.columns[name][i])]
+        if not _is_numeric(table, name) and 2 * len(commas) > len(text):
+            cell, line = table.columns[name][commas[0]], table.lines[commas[0]]
+            raise errors.DataError(
+                f"{table.path}: column {name!r} line {line}: {cell!r} is not a finite number. Write decimals with a "
+                f"point ({len(commas)} values of this column have a comma)."
+            )
 
 
 def _is_numeric(table: Table, name: str) -> bool:
@@ -314,10 +338,11 @@ def _numbers(table: Table, name: str) -> np.ndarray:
     if junk:
         cell = cells[junk[0]]
         others = f" (and {len(junk) - 1} more in this column)" if len(junk) > 1 else ""
-        hint = " Write decimals with a point." if _number(cell.replace(",", ".", 1)) is not None else ""
+        fix = "Infinite values cannot be fitted: correct" if values[junk[0]] is not None else "Correct"
+        hint = " Write decimals with a point." if _has_decimal_comma(cell) else ""
         raise errors.DataError(
             f"{table.path}: column {name!r} line {table.lines[junk[0]]}: {cell!r} is not a finite number{others}. "
-            f"Correct it, or leave out such rows or the column.{hint}"
+            f"{fix} it, or leave out such rows or the column.{hint}"
         )
     return np.array(values, np.float64)
 

@@ -94,7 +94,7 @@ def test_text_columns_become_one_hot_and_constant_ones_are_dropped(write):
     assert encoding.notes == ("Left out, because constant: unit, batch.",)
 
 
-@pytest.mark.parametrize("token", ["", "NA", "n/a", "NaN", "null", "?", "  "])
+@pytest.mark.parametrize("token", ["", "NA", "n/a", "NaN", "null", "None", "?", "  ", "#N/A", "#DIV/0!", "#NAME?"])
 def test_missing_values_name_column_and_line(write, token):
     path = write(f"a,kind,y\n1,red,1\n2,blue,{token}\n{token},red,3\n4,{token},4\n{token},blue,5\n")
     message = r"4 missing values: column 'y' line 3, column 'a' line 4, column 'kind' line 5, …\."
@@ -112,6 +112,25 @@ def test_junk_among_numbers_names_column_line_and_value(write, junk):
     path = write(f"a,b,y\n1,2,1\n3,{junk},2\n4,5,3\n")
     with pytest.raises(DataError, match=f"column 'b' line 3: '{junk}' is not a finite number"):
         tabular.encode(tabular.read(path), "y")
+
+
+@pytest.mark.parametrize("columns", ["a;y", "y;a"])
+def test_columns_of_decimal_commas_are_no_text(write, columns):
+    rows = "".join(f"{i},5;{i}\n" for i in range(80))
+    with pytest.raises(
+        DataError, match=rf"column '{columns[0]}' line 2: '0,5' is not a finite number.* with a point \(80 values"
+    ):
+        tabular.encode(tabular.read(write(f"{columns}\n{rows}")), "y")
+
+
+def test_classes_may_have_commas_where_they_are_asked_for(write):
+    encoding, *_ = encoded(write("a;y\n1;1,5\n2;2,5\n3;1,5\n"), task="classification")
+    assert encoding.classes == ("1,5", "2,5")
+
+
+def test_infinite_values_are_called_so(write):
+    with pytest.raises(DataError, match=r"'inf' is not a finite number\. Infinite values.*column\.$"):
+        tabular.encode(tabular.read(write("a,y\n1,1\ninf,2\n4,3\n")), "y")
 
 
 def test_junk_in_a_numeric_target_is_not_taken_for_classes(write):
