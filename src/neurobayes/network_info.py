@@ -170,6 +170,19 @@ def missing_statistics(name: str) -> OptionError:
     )
 
 
+def check_recorded(name: str, statistics: Any) -> None:
+    """Raise where training kept no statistics for a score, or of too few steps: a variance over one is zero."""
+    if statistics is None:
+        raise missing_statistics(name)
+    needed = 1 if name == "gradient" else 2
+    if statistics.num_steps < needed:
+        raise OptionError(
+            f"{name!r} needs the statistics of at least {needed} training steps, and there are those of "
+            f"{statistics.num_steps}. They begin after burn_in, a share of the epochs: train for more epochs, lower "
+            "burn_in, let early stopping wait longer, or choose by 'magnitude', which needs the weights alone."
+        )
+
+
 def check_finite(scores: np.ndarray, owner: str, what: str) -> None:
     """Raise where a score is NaN or infinite: a ranking by it would be arbitrary."""
     bad = np.argwhere(~np.isfinite(scores))

@@ -13,7 +13,7 @@ import numpy as np
 from ._checks import check_fraction, check_one_of, check_positive_int
 from ._clustering import representatives
 from .errors import OptionError, nearest
-from .network_info import NetworkInfo, as_arrays, check_finite, missing_statistics
+from .network_info import NetworkInfo, as_arrays, check_finite, check_recorded
 from .networks.base import Layer
 from .weight_indices import pair_grids
 
@@ -101,8 +101,9 @@ def select_bayesian_components(
     ----------
     det_model : a trained ``DeterministicNN``.
     layer_names : the layers to choose from: dense, conv, attention or embedding.
-    method : 'variance', of each weight over the second half of training; 'gradient', the mean
-        absolute gradient over the same steps; 'magnitude' of the trained weight; or 'clustering',
+    method : 'variance', of each weight over the steps after burn-in, in general the second half of
+        training (see ``burn_in`` of ``train``); 'gradient', the mean absolute gradient over the
+        same steps; 'magnitude' of the trained weight; or 'clustering',
         the weights nearest to the centroids of blocks of similar weights (k-means on the rows and
         on the columns of the kernel).
     num_pairs_per_layer : how many per layer, at least 1; all where a layer has fewer. A pair of
@@ -118,7 +119,8 @@ def select_bayesian_components(
     Raises
     ------
     OptionError
-        An argument is wrong, or training kept no statistics.
+        An argument is wrong, or training kept no statistics, or of too few steps: a variance needs
+        two, a gradient one.
     SelectionError
         A layer does not exist, has no kernel, or its scores are not finite.
     """
@@ -172,8 +174,7 @@ def _values(method: str, statistics: Any, info: NetworkInfo) -> dict[str, np.nda
         return info.score("magnitude")
     if method == "clustering":
         return info.weights()
-    if statistics is None or statistics.num_steps == 0:
-        raise missing_statistics(method)
+    check_recorded(method, statistics)
     return as_arrays(getattr(statistics, _STATISTICS[method]))
 
 

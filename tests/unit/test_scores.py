@@ -204,3 +204,17 @@ def test_given_weights_without_statistics_serve_data_scores_only():
     )
     with pytest.raises(OptionError, match="swag_variance needs the statistics"):
         model.fit(X, NUMBERS, **OPTIONS)
+
+
+@pytest.mark.parametrize("by", ["variance", "gradient", "swag_variance"])
+def test_a_score_of_too_few_steps_raises(by):
+    trained = nb.DeterministicNN(nb.FlaxMLP([4], D_OUT), (2,))
+    for epochs, num_steps in ((1, 1), (4, 2)):
+        trained.train(X, NUMBERS, epochs=epochs, progress_bar=False)
+        assert trained.training_statistics.num_steps == num_steps
+        score = trained.network_info().score
+        if by == "gradient" or num_steps == 2:
+            assert any(np.any(leaf > 0) for leaf in score(by).values())
+        else:
+            with pytest.raises(OptionError, match=f"'{by}' needs the statistics of at least 2"):
+                score(by)

@@ -254,12 +254,24 @@ def test_num_pairs_zero_does_not_select_all(trained, num_pairs):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_missing_statistics(trained, method):
+    model = Trained(trained["mlp"].info, None)
+    if method in ("magnitude", "clustering"):
+        assert len(select_bayesian_components(model, ["Dense0"], method, 2)["Dense0"]) == 2
+    else:
+        with pytest.raises(OptionError, match=f"'{method}'. Train with `track_statistics=True`"):
+            select_bayesian_components(model, ["Dense0"], method, 2)
+
+
+@pytest.mark.parametrize(("method", "needed"), [("variance", 2), ("gradient", 1), ("magnitude", 0), ("clustering", 0)])
+def test_statistics_of_too_few_steps(trained, method, needed):
+    """Over one step all variances are zero, and the first weights would be chosen."""
     info, statistics = trained["mlp"].info, trained["mlp"].training_statistics
-    for model in (Trained(info, None), Trained(info, dataclasses.replace(statistics, num_steps=0))):
-        if method in ("magnitude", "clustering"):
+    for num_steps in (0, 1, 2):
+        model = Trained(info, dataclasses.replace(statistics, num_steps=num_steps))
+        if num_steps >= needed:
             assert len(select_bayesian_components(model, ["Dense0"], method, 2)["Dense0"]) == 2
         else:
-            with pytest.raises(OptionError, match=f"'{method}'. Train with `track_statistics=True`"):
+            with pytest.raises(OptionError, match=f"'{method}' needs .* those of {num_steps}\\..*lower burn_in"):
                 select_bayesian_components(model, ["Dense0"], method, 2)
 
 

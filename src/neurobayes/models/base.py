@@ -15,7 +15,7 @@ from .. import _checks, data, trees
 from .._typing import Params
 from ..data import Scaling
 from ..errors import DataError, OptionError
-from ..network_info import DATA_SCORES, NetworkInfo
+from ..network_info import DATA_SCORES, NetworkInfo, check_recorded
 from ..networks import as_network
 from ..networks.base import Network
 from ..training import Rows
@@ -141,9 +141,13 @@ def _layers(network: Network, shape: tuple[int, ...], dtype: np.dtype):
 
 def _training_score(statistics: Any, name: str) -> Params:
     if name == "gradient":
+        check_recorded(name, statistics)
         return statistics.mean_abs_gradient
     averaged = getattr(statistics, "averaged_variance", None)
-    return averaged if name == "swag_variance" and averaged is not None else statistics.weight_variance
+    if name == "swag_variance" and averaged is not None:
+        return averaged
+    check_recorded(name, statistics)
+    return statistics.weight_variance
 
 
 def output_width(network: Network, example: Any) -> int:

@@ -282,7 +282,10 @@ class DeterministicNN:
 
     @property
     def training_statistics(self) -> TrainingStatistics | None:
-        """Per-weight variance and mean absolute gradient over the second half of training, if tracked."""
+        """Per-weight variance and mean absolute gradient over the steps after burn-in, if tracked.
+
+        These are those of the second half of the epochs, unless ``burn_in`` or early stopping says otherwise.
+        """
         return self._require_trained().result.statistics
 
     @property
