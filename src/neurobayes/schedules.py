@@ -1,6 +1,7 @@
 """Step sizes and averaging as arrays, so that a change of schedule recompiles nothing."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -98,9 +99,32 @@ def learning_rates(rate: LearningRate | None, num_epochs: int, steps_per_epoch: 
         share = np.arange(total) / total
         values = DEFAULT_PEAK * (DEFAULT_FLOOR + (1 - DEFAULT_FLOOR) * 0.5 * (1 + np.cos(np.pi * share)))
     elif callable(rate):
-        values = np.broadcast_to(np.asarray(jax.jit(jax.vmap(rate))(np.arange(total))), (total,))
+        values = np.broadcast_to(_read_schedule(rate, total), (total,))
         if not np.all(np.isfinite(values)):
             raise OptionError("the learning-rate schedule gives a value that is not finite.")
     else:
         values = np.full(total, _checks.check_positive("learning_rate", rate))
     return np.asarray(values, np.float32).reshape(num_epochs, steps_per_epoch)
+
+
+def _read_schedule(rate: Callable[[Any], Any], num_steps: int) -> np.ndarray:
+    lowered = jax.jit(jax.vmap(rate)).lower(np.arange(num_steps))
+    return _run(_Lowered(lowered.as_text(), num_steps, lowered))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lowered:
+    """A schedule before compilation, equal to every other of the same text, which holds all its constants.
+
+    The schedule itself does not tell: each call of optax makes another function, and one that stays the same may read
+    what has changed since.
+    """
+
+    text: str
+    num_steps: int
+    program: Any = dataclasses.field(compare=False)
+
+
+@functools.lru_cache(maxsize=64)
+def _run(lowered: _Lowered) -> np.ndarray:
+    return np.asarray(lowered.program.compile()(np.arange(lowered.num_steps)))

@@ -381,6 +381,18 @@ def test_a_change_of_settings_recompiles_nothing(regression, trained, count_comp
     assert len(model.history["loss"]) == 33
 
 
+def test_a_second_fit_with_a_schedule_recompiles_nothing(regression, count_compilations):
+    """Also where the schedule is made anew."""
+
+    def fit():
+        train(make(learning_rate=optax.cosine_decay_schedule(0.02, 40)), regression, epochs=40)
+
+    fit()
+    with count_compilations() as compiled:
+        fit()
+    assert compiled.number == 0
+
+
 def test_dropout_acts_in_training_only(regression):
     X, _ = regression
     losses = []

@@ -33,6 +33,20 @@ def test_schedule_is_read_once_for_every_step_across_epochs():
     np.testing.assert_allclose(piecewise.ravel(), [1.0] * 10 + [0.1] * 10, rtol=1e-6)
 
 
+def test_a_schedule_that_changes_is_read_anew():
+    class Schedule:
+        __hash__ = None
+        peak = 0.1
+
+        def __call__(self, step):
+            return jnp.full((), self.peak)
+
+    schedule = Schedule()
+    assert np.all(learning_rates(schedule, 3, 1) == np.float32(0.1))
+    schedule.peak = 0.2
+    assert np.all(learning_rates(schedule, 3, 1) == np.float32(0.2))
+
+
 @pytest.mark.parametrize("rate", [0.0, -0.1, np.nan, np.inf, "fast", [0.1]])
 def test_a_rate_that_is_no_positive_number_raises(rate):
     with pytest.raises(OptionError, match="learning_rate"):
