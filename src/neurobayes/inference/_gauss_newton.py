@@ -132,7 +132,7 @@ def _products(form: Form, u: Array, noise: Array, terms: Terms):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _dense(form: Form, u: Array, noise: Array, terms: Terms) -> Array:
-    matrix = _products(form, u, noise, terms)(jnp.eye(len(u)))
+    matrix = _products(form, u, noise, terms)(jnp.eye(len(u), dtype=u.dtype))
     return 0.5 * (matrix + matrix.T)
 
 
@@ -140,7 +140,7 @@ def _dense(form: Form, u: Array, noise: Array, terms: Terms) -> Array:
 def _leading(form: Form, key: Key, u: Array, noise: Array, terms: Terms, rank: int) -> tuple[Array, Array]:
     products = _products(form, u, noise, terms)
     width = min(rank + OVERSAMPLING, len(u))
-    basis, _ = jnp.linalg.qr(jax.random.normal(key, (len(u), width)))
+    basis, _ = jnp.linalg.qr(jax.random.normal(key, (len(u), width), u.dtype))
     basis = jax.lax.fori_loop(0, NUM_POWER_STEPS, lambda _, q: jnp.linalg.qr(products(q.T).T)[0], basis)
     small = products(basis.T) @ basis
     values, vectors = jnp.linalg.eigh(0.5 * (small + small.T))
@@ -164,11 +164,11 @@ def _by_output(form: Form, u: Array, noise: Array, terms: Terms, vectors: Array)
 def _diagonal(form: Form, key: Key, u: Array, noise: Array, terms: Terms) -> Array:
     """Entries of the diagonal, one direction at a time, ``(size, noises)``."""
     if form.num_noise > 1:
-        return _by_output(form, u, noise, terms, jnp.eye(len(u)))
+        return _by_output(form, u, noise, terms, jnp.eye(len(u), dtype=u.dtype))
     root, forward, _ = _linearised(form, u, noise, terms)
 
     def one(m):
-        return jnp.sum(jnp.einsum("nkm,nk->nm", root, forward(jax.nn.one_hot(m, len(u)))) ** 2)
+        return jnp.sum(jnp.einsum("nkm,nk->nm", root, forward(jax.nn.one_hot(m, len(u), dtype=u.dtype))) ** 2)
 
     return jax.lax.map(one, jnp.arange(len(u)), batch_size=min(_BATCH, len(u)))[:, None]
 
@@ -277,7 +277,7 @@ def _moments(hoisted: Any, complete: bool, theta: Array, std: Array, vectors: Ar
         mean, forward = jax.linearize(outputs, theta)
 
         def add(m, total):
-            direction = jax.nn.one_hot(m, len(theta)) if vectors is None else vectors[:, m]
+            direction = jax.nn.one_hot(m, len(theta), dtype=theta.dtype) if vectors is None else vectors[:, m]
             return total + (1.0 - shrink[m]) * forward(std * direction) ** 2
 
         return mean, jax.lax.fori_loop(0, len(theta), add, jnp.zeros_like(mean))

@@ -159,6 +159,7 @@ def _is_tuned(kernel: Kernel, state: ChainState, first_step):
 def _tune(kernel: Kernel, key, state: ChainState, terms) -> ChainState:
     """One run of BlackJAX's tuner. Its fractions are of the tuning run itself, whose length they add up to."""
     blackjax = _blackjax.load("engine='mclmc'")
+    key, key_calibration = jax.random.split(key)
     from_ = blackjax.adaptation.mclmc_adaptation.MCLMCAdaptationState(state.L, state.step_size, state.inverse_mass)
     common = {
         "mclmc_kernel": transition_of(kernel.adjusted, kernel.energy_var, kernel.trajectory_steps),
@@ -178,9 +179,9 @@ def _tune(kernel: Kernel, key, state: ChainState, terms) -> ChainState:
         inner, found, _ = blackjax.mclmc_find_L_and_step_size(
             desired_energy_var=kernel.energy_var, frac_tune1=0.25, frac_tune2=0.3, frac_tune3=0.2, **common
         )
-    as_before = [jnp.asarray(value, jnp.float32) for value in found]
+    as_before = [jnp.asarray(value, state.step_size.dtype) for value in found]
     state = state._replace(inner=inner, L=as_before[0], step_size=as_before[1], inverse_mass=as_before[2])
-    return state if kernel.adjusted else _calibrated(kernel, jax.random.fold_in(key, 1), state, terms)
+    return state if kernel.adjusted else _calibrated(kernel, key_calibration, state, terms)
 
 
 def _calibrated(kernel: Kernel, key, state: ChainState, terms) -> ChainState:

@@ -272,7 +272,7 @@ def _optimise(form: Form, max_iterations: int, u: Array, noise: Array, terms: Te
     """L-BFGS over the whitened weights at given noise: (weights, log density, iterations)."""
 
     def loss(u):
-        return -form(to_position(u, noise, terms), terms)
+        return -form(to_position(u, noise, terms), terms).astype(u.dtype)  # a prior in float64 makes it float64
 
     solver = optax.lbfgs(memory_size=20)
     value_and_grad = optax.value_and_grad_from_state(loss)
@@ -330,7 +330,8 @@ def _maximise_noise(form: Form, noise: Array, squares: Array, num_rows: Array, b
         return (vectors * jnp.maximum(jnp.abs(values), 0.1)) @ vectors.T
 
     def step(_, noise):
-        return noise + jnp.clip(jnp.linalg.solve(precision(noise), jax.grad(log_posterior)(noise)), -0.5, 0.5)
+        change = jnp.clip(jnp.linalg.solve(precision(noise), jax.grad(log_posterior)(noise)), -0.5, 0.5)
+        return noise + change.astype(noise.dtype)
 
     noise = jax.lax.fori_loop(0, 60, step, noise)
     return noise, jnp.linalg.inv(precision(noise))

@@ -99,11 +99,11 @@ class MCLMC(Engine):
         started = time.perf_counter()
         _blackjax.load("engine='mclmc'")
         key_mass, key_chains, key_draw = _split(key)
-        form, start = log_density.form, np.asarray(start, np.float32)
+        form, start = log_density.form, np.asarray(start, jax.dtypes.canonicalize_dtype(float))
         terms = jax.device_put(log_density.terms)  # once, and not in every call
         mass = np.ones_like(start)
         if self.initial_mass == "curvature":
-            mass = np.asarray(inverse_mass(log_density.form, key_mass, start, terms, False))
+            mass = np.asarray(inverse_mass(log_density.form, key_mass, start, terms, False), start.dtype)
         completion = None
         if self.collapse:
             form = require_collapsed(log_density, "MCLMC")
@@ -153,7 +153,7 @@ class MCLMC(Engine):
             first, jitter = _warm_start(control.warm_start, num_chains, len(start)), np.float32(0)
         else:
             positions, scales = np.tile(start, (num_chains, 1)), np.tile(np.sqrt(mass), (num_chains, 1))
-            steps = np.full(num_chains, 0.25 * math.sqrt(len(start)), np.float32)
+            steps = np.full(num_chains, 0.25 * math.sqrt(len(start)), start.dtype)
             first, jitter = Start(positions, scales, np.ones_like(scales), steps, 4 * steps), np.float32(self.jitter)
         is_tuned = control.warm_start or (control.checkpoint is not None and control.checkpoint.load() is not None)
         make: Any = start_chains if is_tuned else tuned_chains
