@@ -121,6 +121,22 @@ class TestActivations:
         with pytest.raises(OptionError, match="activation="):
             build(activation)
 
+    @pytest.mark.parametrize("function", [jax.nn.silu, jax.nn.relu, jnp.tanh])
+    @pytest.mark.parametrize(
+        "build",
+        [
+            lambda a: FlaxMLP([4], 1, activation=a),
+            lambda a: FlaxConvNet(1, [2], [], 1, activation=a),
+            lambda a: small_transformer(activation=a),
+        ],
+        ids=["mlp", "convnet", "transformer"],
+    )
+    def test_known_functions_are_kept_by_name_and_can_be_pickled(self, build, function):
+        name = next(name for name in ACTIVATIONS if ACTIVATIONS[name] is function)
+        network = build(function)
+        assert pickle.loads(pickle.dumps(network)) == network == build(name)
+        assert hash(network) == hash(build(name))
+
     def test_the_activation_is_used(self):
         x = normal(3, 6)
         outputs = []

@@ -55,6 +55,15 @@ def get_activation(name: Activation) -> Callable[[Array], Array]:
     raise unknown_choice("activation", name, ACTIVATIONS)
 
 
+def as_activation(value: Activation) -> Activation:
+    """``value``, checked, and by its name where it is one of the known functions.
+
+    Those of JAX cannot be pickled and names can; and networks given either way are then equal.
+    """
+    get_activation(value)
+    return next((name for name, function in ACTIVATIONS.items() if function is value), value)
+
+
 def as_dims(name: str, values: Any, *, min_length: int = 0) -> tuple[int, ...]:
     """``values`` as a tuple of positive Python ints, so that equal networks hash alike."""
     if isinstance(values, str) or not isinstance(values, Iterable):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from .._checks import check_fraction, check_one_of, check_positive_int
 from .._typing import Array
 from ..errors import DataError, OptionError
-from .activations import Activation, as_dims, get_activation
+from .activations import Activation, as_activation, as_dims, get_activation
 from .base import InputSpec
 
 _SPATIAL_AXES = {1: "length", 2: "height, width", 3: "depth, height, width"}
@@ -70,7 +70,7 @@ class FlaxConvNet(nn.Module):
         self.kernel_size = _kernel_shape(self.kernel_size, self.input_dim)
         check_one_of("pool", self.pool, ("max", "avg"))
         self.dropout_rate = check_fraction("dropout_rate", self.dropout_rate, allow_zero=True)
-        get_activation(self.activation)
+        self.activation = as_activation(self.activation)
         super().__post_init__()
 
     @nn.compact

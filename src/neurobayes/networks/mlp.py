@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from .._checks import check_fraction, check_positive_int
 from .._typing import Array
 from ..errors import DataError
-from .activations import Activation, as_dims, get_activation
+from .activations import Activation, as_activation, as_dims, get_activation
 from .base import InputSpec
 
 
@@ -51,7 +51,7 @@ class FlaxMLP(nn.Module):
         self.hidden_dims = as_dims("hidden_dims", self.hidden_dims)
         self.target_dim = check_positive_int("target_dim", self.target_dim)
         self.dropout_rate = check_fraction("dropout_rate", self.dropout_rate, allow_zero=True)
-        get_activation(self.activation)
+        self.activation = as_activation(self.activation)
         super().__post_init__()
 
     @nn.compact

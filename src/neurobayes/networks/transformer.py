@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from .._checks import check_fraction, check_positive_int
 from .._typing import Array
 from ..errors import DataError, OptionError
-from .activations import Activation, get_activation
+from .activations import Activation, as_activation, get_activation
 from .base import InputSpec
 
 
@@ -89,7 +89,7 @@ class FlaxTransformer(nn.Module):
                     "Count the padding token among the vocabulary."
                 )
         self.dropout_rate = check_fraction("dropout_rate", self.dropout_rate, allow_zero=True)
-        get_activation(self.activation)
+        self.activation = as_activation(self.activation)
         super().__post_init__()
 
     @nn.compact
