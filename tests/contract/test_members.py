@@ -2,11 +2,12 @@
 
 import warnings
 
+import jax
 import numpy as np
 import pytest
 
 import neurobayes as nb
-from neurobayes import _threads
+from neurobayes import _threads, training
 from neurobayes.errors import ConvergenceWarning, TrainingError
 from neurobayes.models import members
 from neurobayes.models.sampling import Sampling
@@ -94,6 +95,35 @@ def test_what_each_of_several_backbones_must_reach():
     for exact in (False, True):
         share = sampling.shared(4, exact=exact).until
         assert share is not None and (share.ess, share.r_hat) == (100.0, 1.1)
+
+
+def test_every_use_of_a_key_has_one_of_its_own(regression, monkeypatch):
+    """Training, the choice of weights, the learning of prior scales and the draws, of every backbone."""
+    used = []
+
+    def noting(module, name, position):
+        function = getattr(module, name)
+
+        def noted(*arguments, **options):
+            used.append(tuple(np.asarray(jax.random.key_data(arguments[position])).tolist()))
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(module, name, noted)
+
+    def seen(seed, **options):
+        used.clear()
+        model = nb.PartialBNN(nb.FlaxMLP([3], 1), **options)
+        fit(regression, "last_layer", model, priors_sigma="auto", num_samples=20, seed=seed)
+        return set(used)
+
+    noting(members, "choose", 3)
+    noting(members, "learn_scales", 1)
+    noting(members, "sample", 1)
+    noting(training, "initialise", 1)
+    for num_backbones in (1, 3):
+        found = seen(0, num_backbones=num_backbones)
+        assert len(found) == len(used) == 4 * num_backbones
+        assert not found & seen(1, num_backbones=num_backbones)
 
 
 @pytest.mark.parametrize("number", [0, 2])

@@ -194,8 +194,9 @@ _split = jax.jit(jax.random.split)
 @functools.partial(jax.jit, static_argnums=0)
 def _scale_and_curvature(form: Form, key, position, terms):
     """Spread of each coordinate by the curvature at ``position``, and the largest curvature in those units."""
-    scale = jnp.sqrt(inverse_mass(form, key, position, terms, False))
-    scores = simulated_scores(form, key, position, terms, NUM_PROBES) * scale
+    key_scale, key_curvature = jax.random.split(key)
+    scale = jnp.sqrt(inverse_mass(form, key_scale, position, terms, False))
+    scores = simulated_scores(form, key_curvature, position, terms, NUM_PROBES) * scale
     return scale, jnp.maximum(jnp.linalg.eigvalsh(scores @ scores.T / NUM_PROBES)[-1], 1.0)
 
 

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from .. import log_density, priors, row_blocks
@@ -57,12 +56,14 @@ def sample_members(
     count = len(stage.params)
     together = _Together(report, count)
     keys = [key_sample] if count == 1 else children(key_sample, count)
-    share, key_choice = sampling.shared(count, exact=plan.exact is not None), children(key_train, 2)[1]
+    share = sampling.shared(count, exact=plan.exact is not None)
+    # Training has used the first two keys of key_train, or one for each backbone.
+    keys_choice = children(children(key_train, count + 2)[-1], count)
 
     def draw(number: int, go: Callable[[], None] | None = None) -> Member:
         return _sample_member(
-            number, keys[number], plan=plan, stage=stage, key_choice=key_choice, sampling=share, checkpoint=checkpoint,
-            report=together.of(number, go), interrupted=together.interrupted(number),
+            number, keys[number], plan=plan, stage=stage, key_choice=keys_choice[number], sampling=share,
+            checkpoint=checkpoint, report=together.of(number, go), interrupted=together.interrupted(number),
         )  # fmt: skip
 
     if count > 1 and _leaves_cores_idle(plan, sampling):
@@ -150,11 +151,12 @@ def _sample_member(
     if len(stage.params) > 1 and checkpoint is not None:
         checkpoint = Checkpoint(checkpoint.folder / f"backbone-{number:02d}", checkpoint.fingerprint)
     noise = stage.starting_noise(plan, number)
+    key_choice, key_prior = children(key_choice, 2)
     with filters_of_warnings:  # clustering changes them
         partition = _choose(plan, key_choice, stage, number, noise) if warm is None else warm.source.partition
     if checkpoint is not None:
         resuming.check_choice(checkpoint, partition)
-    density, start = _density(plan, partition, params, stage, number, noise)
+    density, start = _density(plan, partition, params, stage, number, noise, key_prior)
     source = Source(
         plan.network, partition, params, stage.state, np.zeros((0, partition.size)), np.zeros((0, 0)),
         noise_outputs=plan.prepared.num_outputs if plan.likelihood.outputs_per_target > 1 else 0,
@@ -183,7 +185,7 @@ def _choose(plan: Any, key: Key, stage: Stage, number: int, noise: np.ndarray) -
     return choose(plan.choice, plan.select_config, trained, key, plan.priors_sigma)
 
 
-def _density(plan: Any, partition: RandomPart, params: Params, stage: Stage, number: int, noise: np.ndarray):
+def _density(plan: Any, partition: RandomPart, params: Params, stage: Stage, number: int, noise: np.ndarray, key: Key):
     """The log density of a backbone's Bayesian part given its rows, and the trained position."""
     rows = plan.prepared.rows
     noise_prior = plan.noise_prior if stage.ensemble is None else ensemble_noise_prior(plan, noise)
@@ -206,7 +208,7 @@ def _density(plan: Any, partition: RandomPart, params: Params, stage: Stage, num
         # A prior with bounds need not hold the observed error: its middle does.
         start = np.concatenate([start, np.where(np.isfinite(unconstrained), unconstrained, 0.0)])
     if plan.learns_prior and density.form.num_theta:
-        factors = learn_scales(density, jax.random.key(number), start)
+        factors = learn_scales(density, key, start)
         blocks = density.form.blocks or (density.form.num_theta,)
         std = (prior.std * np.repeat(factors, blocks)).astype(np.float32)
         density = dataclasses.replace(density, terms=density.terms._replace(prior=prior._replace(std=std)))
