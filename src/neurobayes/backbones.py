@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
-from . import out_of_fold, regularisation, training, weight_statistics
+from . import left_out, out_of_fold, regularisation, training, weight_statistics
 from ._keys import children
 from ._threads import side_by_side
 from ._typing import Array, Key, Params, State
@@ -33,13 +33,6 @@ from .regularisation import Regularisation
 
 SIGMA_GRID = (0.3, 1.0, 3.0, 10.0)
 """Prior standard deviations tried, for noise of one standard deviation of the target."""
-
-PARTS = 8
-"""A backbone leaves out one row in this many: enough to be judged by, and few enough to learn nearly all there is."""
-
-FEW_PARTS = 4
-FEW_ROWS = 600
-"""With fewer rows it leaves out more of them, so that each is new to more backbones: judgement is what is scarce."""
 
 GROUP = 4
 """Backbones trained by one compiled call; groups run on different cores. The same everywhere: so are the results. Only
@@ -71,6 +64,7 @@ class Backbones:
     row_weights : (members, rows) one for the rows a member was trained on, zero for those it left out.
     parts : (members,) number of the part a member belongs to; a part shares prior scale and length, the best is 0.
     num_parts : one row in how many each member left out.
+    whole_inputs : whether rows with the same inputs were left out together.
     search : the loss by prior scale and look: the squared error the ensemble is expected to make on new rows, in
         units of the assumed noise, or its log loss for classes and where the network gives the noise.
     epochs : (looks,) epochs after which left-out rows were looked at.
@@ -81,6 +75,7 @@ class Backbones:
     row_weights: np.ndarray
     parts: np.ndarray
     num_parts: int
+    whole_inputs: bool
     search: Regularisation
     epochs: np.ndarray
     unseen_rmse: np.ndarray | None
@@ -92,32 +87,6 @@ class Backbones:
     def sigmas(self) -> list[float | None]:
         """Prior standard deviation of each part's weights; None for no prior."""
         return [self.members[int(np.argmax(self.parts == part))].sigma for part in np.unique(self.parts)]
-
-
-def default_parts(num_rows: int) -> int:
-    """One row in how many each backbone leaves out."""
-    return FEW_PARTS if num_rows < FEW_ROWS else PARTS
-
-
-def leave_out(num_rows: int, num_members: int, num_parts: int, seed: int) -> np.ndarray:
-    """Which rows each backbone is trained on, ``(members, rows)`` of ones and zeros.
-
-    Members in groups of ``num_parts`` (two at the least) share the rows out between them, each row left out by one of
-    a group. The first rows' shares do not depend on how many follow, so that adding rows leaves them as they are.
-    """
-    weights = np.ones((num_members, num_rows), np.float32)
-    first = 0
-    while first < num_members:
-        parts = min(num_parts, num_members - first)
-        if parts == 1:  # a lone last member leaves out what a group's first one would
-            parts = min(num_parts, num_members)
-        generator = np.random.default_rng([seed, first])
-        blocks = -(-num_rows // parts)
-        part = np.argsort(generator.random((blocks, parts)), axis=1).ravel()[:num_rows]
-        for k in range(min(parts, num_members - first)):
-            weights[first + k, part == k] = 0.0
-        first += parts
-    return weights
 
 
 def train_backbones(
@@ -153,9 +122,11 @@ def train_backbones(
     real = np.asarray(rows.real) > 0
     num_rows = int(real.sum())
     program, rates = plan_training(network, likelihood, num_rows, options, most_epochs)
-    num_parts = default_parts(num_rows)
+    num_parts, x = left_out.default_parts(num_rows), np.asarray(rows.x)[real]
+    repeats = left_out.repeats(x)
+    groups = left_out.whole_inputs(x) if repeats else np.arange(num_rows)
     weights = np.zeros((num_backbones, len(real)), np.float32)
-    weights[:, real] = leave_out(num_rows, num_backbones, num_parts, seed)
+    weights[:, real] = left_out.leave_out(groups, num_backbones, num_parts, seed)
     collect = None
     if options.averaging is not None:
         rates, collect = options.averaging.apply(rates)
@@ -194,6 +165,7 @@ def train_backbones(
         row_weights=np.tile(weights, (len(kept), 1)),
         parts=np.repeat(np.arange(len(kept)), num_backbones),
         num_parts=num_parts,
+        whole_inputs=repeats,
         search=search,
         epochs=ends,
         unseen_rmse=None if rmse[0] is None else np.array(rmse),

@@ -45,6 +45,9 @@ LEAST_FIT_DOF = 4.0
 least with which the variance is fitted, which near 2 would have little to do with the errors' squares."""
 
 TEMPERATURES = (0.05, 20.0)
+TEMPERATURE_SPREAD = 0.5
+"""Prior standard deviation of the temperature's logarithm about 0. Where all left-out rows are classified rightly their
+likelihood rises without end as the temperature falls, and the first wrong row would then cost without end."""
 
 SCALE_PARAMETERS = 4
 """Numbers that are as good as fitted to the errors besides the mean: the factor, the noise, and the prior scale and
@@ -324,7 +327,7 @@ def temper(probabilities: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def calibrate_temperature(probabilities: np.ndarray, unseen: np.ndarray, labels: np.ndarray) -> OutOfFold:
-    """The temperature with which the labels of left-out rows are most likely.
+    """The temperature that is most probable given the labels of left-out rows, and a prior about one.
 
     Parameters
     ----------
@@ -339,6 +342,9 @@ def calibrate_temperature(probabilities: np.ndarray, unseen: np.ndarray, labels:
     def loss(log_temperature: float) -> float:
         return log_loss(temper(left_out, float(np.exp(log_temperature))), labels)
 
-    found = scipy.optimize.minimize_scalar(loss, bounds=tuple(np.log(TEMPERATURES)), method="bounded")
-    temperature = float(np.exp(found.x)) if found.fun < loss(0.0) else 1.0
+    def objective(log_temperature: float) -> float:
+        return loss(log_temperature) + 0.5 * (log_temperature / TEMPERATURE_SPREAD) ** 2 / len(labels)
+
+    found = scipy.optimize.minimize_scalar(objective, bounds=tuple(np.log(TEMPERATURES)), method="bounded")
+    temperature = float(np.exp(found.x)) if found.fun < objective(0.0) else 1.0
     return OutOfFold(np.ones(1), None, None, temperature, None, -loss(np.log(temperature)), None)

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from . import left_out
 from ._compiling import QuickJit
 from ._keys import children
 from ._threads import beside, side_by_side
@@ -37,7 +38,6 @@ HOPELESS = {0.05: 0.3, 0.1: 0.2, 0.2: 0.1, 0.4: 0.04}
 errors), by the share of the epochs done; more by one over the root of the number of rows. On data of all sizes here,
 scales that were behind by more never caught up."""
 
-MAX_FOLDS = 5
 FOLD_ROWS = 2000
 """Rows times trained folds of a search: small data sets are cross-fitted, large ones leave out one part."""
 
@@ -81,7 +81,7 @@ def choose(
     seed : decides the folds.
     """
     program = search_program(program)
-    folds = assign_folds(np.asarray(rows.real), seed)
+    folds = left_out.assign_folds(np.asarray(rows.x), np.asarray(rows.real), seed)
     num_rows = int(np.asarray(rows.real).sum())
     used = range(min(int(folds.max()) + 1, max(1, FOLD_ROWS // num_rows)))
     weights = np.stack([(folds != k) for k in used]).astype(np.float32) * np.asarray(rows.real)
@@ -160,15 +160,6 @@ def _check_search(per_sigma: np.ndarray, best_epoch: int) -> None:
             ConvergenceWarning,
             stacklevel=2,
         )
-
-
-def assign_folds(real: np.ndarray, seed: int) -> np.ndarray:
-    """A fold number for each row; padding gets zero and counts in no fold."""
-    n = int(real.sum())
-    num_folds = max(2, min(MAX_FOLDS, n))
-    folds = np.zeros(len(real), np.int32)
-    folds[np.flatnonzero(real > 0)] = np.random.default_rng(seed).permutation(np.arange(n) % num_folds)
-    return folds
 
 
 def _unseen_rmse(program: Program, loss: float, noise_std: np.ndarray) -> np.ndarray | None:

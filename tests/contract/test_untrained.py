@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import neurobayes as nb
-from neurobayes import networks
+from neurobayes.models.base import as_user_network
 
 pytestmark = pytest.mark.filterwarnings("ignore:Do not trust these draws yet:neurobayes.errors.ConvergenceWarning")
 
@@ -54,7 +54,7 @@ def test_output_layer_is_a_linear_regression_on_random_features(regression, last
 
     train, new, targets = features(X), features(X_new), (y - scaling.y_mean) / scaling.y_std
     found = last_layer.posterior_predictive(X_new, calibration=None)
-    noise = last_layer.get_samples()["noise"].astype(float).ravel()
+    noise = last_layer.get_samples()["noise_std"].astype(float).ravel() / float(np.ravel(scaling.y_std)[0])
     means, variances = [], []
     for std in noise:
         precision = train.T @ train / std**2 + np.eye(train.shape[1])
@@ -81,7 +81,7 @@ def test_classes_and_a_fully_bayesian_network(three_classes, regression):
     X, labels = three_classes
     options = {"num_warmup": 150, "num_samples": 150, "engine": "nuts", **FAST}
     classifier = nb.PartialBNN(nb.FlaxMLP([6], 3), num_classes=3, prior_mean="zero").fit(X, labels, **options)
-    assert np.mean(classifier.predict_class(X) == labels) > 0.6  # a third by chance
+    assert np.mean(classifier.predict_classes(X) == labels) > 0.6  # a third by chance
     assert nb.BNN(nb.FlaxMLP([4], 1)).fit(*regression, **options).pretraining is None
 
 
@@ -96,7 +96,7 @@ def test_a_checkpoint_gives_the_same_draws(mlp, regression, tmp_path):
 
 
 def test_given_weights_stay_as_they_are(mlp, regression):
-    weights, _ = networks.wrap(mlp).init(jax.random.key(0), np.zeros((1, 3), np.float32))
+    weights, _ = as_user_network(mlp).init(jax.random.key(0), np.zeros((1, 3), np.float32))
     model = nb.PartialBNN(mlp, deterministic_weights=weights, standardize=True)
     model.fit(*regression, **FAST)  # prior_mean="map": the given weights are its centre
     np.testing.assert_array_equal(fixed_weights(model)["Dense0"]["kernel"], weights["Dense0"]["kernel"])

@@ -21,7 +21,6 @@ from neurobayes.training import Rows
 
 NETWORK = as_network(nb.FlaxMLP([8], 1))
 FIXED = PretrainingOptions(epochs=20, sigma=1.0)
-SIZES = [(2, 2), (2, 4), (3, 4), (5, 4), (6, 8), (8, 4), (16, 8), (17, 8)]
 
 
 def rows_of(x, y, size=None):
@@ -73,54 +72,13 @@ def chosen():
     return trained(rows_of(*regression()), PretrainingOptions(epochs=30), stacked=True)
 
 
-class TestLeaveOut:
-    @pytest.mark.parametrize(("members", "parts"), SIZES)
-    @pytest.mark.parametrize("num_rows", [17, 100])
-    def test_every_row_is_left_out_and_trained_on(self, members, parts, num_rows):
-        weights = backbones.leave_out(num_rows, members, parts, seed=3)
-        assert weights.shape == (members, num_rows) and set(np.unique(weights)) == {0.0, 1.0}
-        assert ((weights == 0).sum(axis=0) >= 1).all()
-        assert (weights.sum(axis=0) >= 1).all()
-
-    @pytest.mark.parametrize(("members", "parts"), SIZES)
-    def test_shares_are_balanced(self, members, parts):
-        weights = backbones.leave_out(100, members, parts, seed=3)
-        left = (weights == 0).sum(axis=1)
-        # A group may be smaller than num_parts; a lone last member is not a group of its own.
-        groups = [min(parts, members - first) for first in range(0, members, parts)]
-        sizes = np.repeat(groups, groups)
-        sizes[sizes == 1] = min(parts, members)
-        assert (left >= 100 // sizes).all() and (left <= -(-100 // sizes)).all()
-
-    @pytest.mark.parametrize("num_rows", [1, 2, 3, 5])
-    def test_no_more_members_than_rows(self, num_rows):
-        """As many members as rows is what the models ask for at most: each leaves some out, but not all."""
-        if num_rows == 1:
-            return
-        for members in range(2, num_rows + 1):
-            weights = backbones.leave_out(num_rows, members, 4, seed=0)
-            assert (weights.sum(axis=1) >= 1).all() and ((weights == 0).any(axis=0)).all()
-            assert ((weights == 0).any(axis=1)).all()
-
-    @pytest.mark.parametrize(("members", "parts"), SIZES)
-    def test_rows_that_are_added_leave_the_others_where_they_were(self, members, parts):
-        long = backbones.leave_out(60, members, parts, seed=5)
-        for num_rows in (20, 21, 37, 59):
-            np.testing.assert_array_equal(backbones.leave_out(num_rows, members, parts, seed=5), long[:, :num_rows])
-
-    def test_groups_share_the_rows_out_between_them(self):
-        weights = backbones.leave_out(50, 8, 4, seed=0)
-        np.testing.assert_array_equal((weights[:4] == 0).sum(axis=0), 1)
-        np.testing.assert_array_equal((weights[4:] == 0).sum(axis=0), 1)
-        assert not np.array_equal(weights[:4], weights[4:])  # each group in its own way
-
-    def test_the_seed_decides(self):
-        first, again, other = (backbones.leave_out(50, 4, 4, seed=seed) for seed in (1, 1, 2))
-        np.testing.assert_array_equal(first, again)
-        assert not np.array_equal(first, other)
-
-
 class TestWhatIsLeftOut:
+    def test_repeated_measurements_are_left_out_together(self):
+        x, y = regression(20)
+        found = trained(rows_of(np.tile(x, (2, 1)), np.concatenate([y, y + 0.1])), num_backbones=4)
+        assert found.whole_inputs
+        np.testing.assert_array_equal(found.row_weights[:, :20], found.row_weights[:, 20:])
+
     @pytest.mark.parametrize("options", [
         FIXED, PretrainingOptions(epochs=6, sigma=None, batch_size=7),
         PretrainingOptions(epochs=10, sigma=1.0, averaging=AveragingConfig(start_pct=0.5)),

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import neurobayes as nb
-from neurobayes import _threads, data, regularisation, schedules, training
+from neurobayes import _threads, data, left_out, regularisation, schedules, training
 from neurobayes.errors import ConvergenceWarning
 from neurobayes.likelihoods import Categorical, Gaussian
 from neurobayes.networks import as_network
@@ -41,26 +41,6 @@ def choose(rows, sigmas=regularisation.SIGMA_GRID, program=PROGRAM, rates=RATES,
 @pytest.fixture(scope="module")
 def searches():
     return {kind: choose(rows_of(*regression(kind))) for kind in ("noise", "signal")}
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 17, 442])
-def test_every_row_is_in_exactly_one_fold_and_folds_are_of_one_size(n):
-    real = data.row_weights(n, data.bucket_size(n))
-    folds = regularisation.assign_folds(real, seed=3)
-    counts = np.bincount(folds[real > 0])
-    assert folds.shape == real.shape
-    assert counts.sum() == n
-    assert len(counts) == min(n, 5)
-    assert counts.max() - counts.min() <= 1
-    assert not folds[real == 0].any()
-
-
-def test_folds_depend_on_the_seed_and_not_on_the_order_of_rows():
-    real = np.ones(40, np.float32)
-    one, again, other = (regularisation.assign_folds(real, seed) for seed in (1, 1, 2))
-    np.testing.assert_array_equal(one, again)
-    assert (one != other).any()
-    assert (np.diff(one) < 0).any() and (np.diff(one) > 0).any()
 
 
 def test_padding_counts_in_no_fold():
@@ -113,7 +93,7 @@ def test_reported_error_is_that_of_networks_trained_fold_by_fold(searches, kind)
     rows, search = rows_of(x, y), searches[kind]
     curve = search.losses[search.sigmas.index(search.sigma)]
     epoch = regularisation.earliest_good_epoch(curve, PERFECT)
-    folds = regularisation.assign_folds(rows.real, seed=0)
+    folds = left_out.assign_folds(np.asarray(rows.x), rows.real, seed=0)
     keys = jax.random.split(jax.random.key(0), 5)
     squares = []
     for k in range(5):
@@ -125,9 +105,9 @@ def test_reported_error_is_that_of_networks_trained_fold_by_fold(searches, kind)
         else:
             progress, state = regularisation.initialise(PROGRAM, keys[k], rows.x, None)
             params = progress.params
-        left_out = (folds == k) & (rows.real > 0)
-        predicted = deterministic_outputs(NETWORK, params, state, rows.x[left_out])
-        squares.append(np.mean((predicted - rows.y[left_out]) ** 2))
+        held = (folds == k) & (rows.real > 0)
+        predicted = deterministic_outputs(NETWORK, params, state, rows.x[held])
+        squares.append(np.mean((predicted - rows.y[held]) ** 2))
     np.testing.assert_allclose(search.unseen_rmse, np.sqrt(np.mean(squares)), rtol=1e-3)
     loss = 0.5 * np.mean(squares) + 0.5 * np.log(2 * np.pi)
     np.testing.assert_allclose(curve[epoch], loss, rtol=1e-3)

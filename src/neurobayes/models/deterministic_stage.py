@@ -9,7 +9,18 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from .. import backbones, linearity, out_of_fold, predictive, pretraining, priors, regularisation, selectors, trees
+from .. import (
+    backbones,
+    left_out,
+    linearity,
+    out_of_fold,
+    predictive,
+    pretraining,
+    priors,
+    regularisation,
+    selectors,
+    trees,
+)
 from .._threads import beside
 from .._typing import Key, Params, State
 from ..backbones import Backbones
@@ -35,7 +46,6 @@ from .base import abstract_key
 from .choosing import resolve_untrained
 from .progress import Report
 
-HASHED_ROWS = 1024
 MIN_NOISE_START = 1e-3
 
 EXACT_BACKBONES = 16
@@ -198,7 +208,9 @@ def _continued(plan: Any, real: np.ndarray) -> Stage:
     if ensemble is not None:
         shares = np.zeros((len(params), len(real)), np.float32)
         count = len(params) // (int(earlier.parts.max()) + 1)
-        left = backbones.leave_out(int(real.sum()), count, ensemble.num_parts, earlier.seed)
+        x = np.asarray(plan.prepared.rows.x)[real > 0]
+        groups = left_out.whole_inputs(x) if ensemble.whole_inputs else np.arange(len(x))
+        left = left_out.leave_out(groups, count, ensemble.num_parts, earlier.seed)
         shares[:, real > 0] = np.tile(left, (len(params) // count, 1))  # the same in every part
         weights = shares
         rmse = ensemble.unseen_rmse
@@ -208,23 +220,10 @@ def _continued(plan: Any, real: np.ndarray) -> Stage:
     return Stage(params, state, [None] * len(params), weights, earlier.parts, ensemble)
 
 
-def row_hashes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """A number for each row of scaled inputs and targets, ``(n,)``, which another row will hardly share."""
-    flat = [np.asarray(values).reshape(len(x), -1) for values in (x, y)]
-    width = sum(values.shape[1] for values in flat)
-    factors = np.random.default_rng(0).integers(1, 2**63, width, dtype=np.uint64) | np.uint64(1)
-    found = np.zeros(len(x), np.uint64)
-    for first in range(0, len(x), HASHED_ROWS):
-        rows = slice(first, first + HASHED_ROWS)
-        bits = np.concatenate([values[rows].astype(np.float32) for values in flat], axis=1).view(np.uint32)
-        found[rows] = (bits.astype(np.uint64) * factors).sum(axis=1, dtype=np.uint64)  # modulo 2**64
-    return found
-
-
 def training_row_hashes(prepared: Any) -> np.ndarray:
-    """``row_hashes`` of the rows of a fit, without their padding."""
+    """A number for each row of a fit, without their padding."""
     n = prepared.num_rows
-    return row_hashes(np.asarray(prepared.rows.x)[:n], np.asarray(prepared.rows.y)[:n])
+    return left_out.hashes(np.asarray(prepared.rows.x)[:n], np.asarray(prepared.rows.y)[:n])
 
 
 def _unseen_rmse(plan: Any, params: list[Params], state: State, weights: np.ndarray, parts: np.ndarray) -> np.ndarray:
@@ -368,7 +367,7 @@ def longest_run(network: Network, prepared: Any, num_backbones: int, *, searched
     if num_backbones > 1:
         runs = min(num_backbones, SAMPLED_BACKBONES) * scales
     else:
-        folds = min(regularisation.MAX_FOLDS, max(1, regularisation.FOLD_ROWS // prepared.num_rows))
+        folds = min(left_out.MAX_FOLDS, max(1, regularisation.FOLD_ROWS // prepared.num_rows))
         runs = 1 + folds * scales
     return max(LEAST_EPOCHS, int(MOST_WORK / max(1.0, runs * epoch_work(network, prepared))))
 

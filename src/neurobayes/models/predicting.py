@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .. import _checks, mixture, predictive
+from .. import _checks, left_out, mixture, predictive
 from .._checks import check_fraction
 from ..errors import CalibrationWarning, NotFittedError, OptionError
 from ..mixture import Mixture
@@ -15,7 +15,6 @@ from ..networks.base import Network
 from ..predictive import ClassPrediction, RegressionPrediction, as_pair
 from . import calibrated
 from .base import constructor_text, softmax, to_target_shape
-from .deterministic_stage import row_hashes
 from .fitting import Fitted, Member
 
 _SAME = "as the model"
@@ -183,7 +182,7 @@ class Predicting:
             y = fitted.scaling.targets(_checks.as_targets(y_cal, len(x), training=False))
         else:
             y = _checks.as_class_labels(y_cal, len(x), self.num_classes, training=False)
-        known = int(np.isin(row_hashes(x, y), fitted.row_hashes).sum())
+        known = int(np.isin(left_out.hashes(x, y), fitted.row_hashes).sum())
         # Where rows repeat within the training data, new ones may well equal some of them.
         distinct = len(np.unique(fitted.row_hashes)) > 0.9 * len(fitted.row_hashes)
         if distinct and known > len(x) / 2:

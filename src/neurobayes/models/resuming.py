@@ -144,7 +144,8 @@ def save_backbones(checkpoint: Checkpoint, ensemble: Backbones) -> None:
     arrays = {"row_weights": ensemble.row_weights, "parts": ensemble.parts, "epochs": ensemble.epochs}
     if ensemble.unseen_rmse is not None:
         arrays["unseen_rmse"] = ensemble.unseen_rmse
-    checkpoint.keep(_ENSEMBLE, arrays, num_members=len(ensemble.members), num_parts=ensemble.num_parts)
+    facts = {"num_parts": ensemble.num_parts, "whole_inputs": ensemble.whole_inputs}
+    checkpoint.keep(_ENSEMBLE, arrays, num_members=len(ensemble.members), **facts)
 
 
 def load_backbones(checkpoint: Checkpoint, template: Params, state_template: State) -> Backbones | None:
@@ -152,14 +153,14 @@ def load_backbones(checkpoint: Checkpoint, template: Params, state_template: Sta
     arrays = checkpoint.arrays(_ENSEMBLE)
     if arrays is None:
         return None
+    facts = checkpoint.facts(_ENSEMBLE)
     found = [
-        load_trained(checkpoint, template, state_template, f"{_NAME}-{k:02d}")
-        for k in range(checkpoint.facts(_ENSEMBLE)["num_members"])
+        load_trained(checkpoint, template, state_template, f"{_NAME}-{k:02d}") for k in range(facts["num_members"])
     ]
     members = tuple(member for member in found if member is not None)
     search = members[0].search
     assert search is not None  # it is kept with every member
     return Backbones(
-        members, arrays["row_weights"], arrays["parts"], checkpoint.facts(_ENSEMBLE)["num_parts"], search,
+        members, arrays["row_weights"], arrays["parts"], facts["num_parts"], facts["whole_inputs"], search,
         arrays["epochs"], arrays.get("unseen_rmse"),
     )  # fmt: skip

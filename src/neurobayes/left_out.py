@@ -1,0 +1,86 @@
+"""Which rows each of several networks leaves out of its training.
+
+Rows with the same inputs stay together, as far as there are enough different
+ones: a network that was trained on one of two repeated measurements knows the
+other, whose prediction then says nothing of new inputs.
+"""
+
+import numpy as np
+
+PARTS = 8
+"""A backbone leaves out one row in this many: enough to be judged by, and few enough to learn nearly all there is."""
+
+FEW_PARTS = 4
+FEW_ROWS = 600
+"""With fewer rows it leaves out more of them, so that each is new to more backbones: judgement is what is scarce."""
+
+LEAST_INPUTS = 16
+"""With fewer different inputs, rows are left out one by one: a quarter of so few would take away whole regions."""
+
+MAX_FOLDS = 5
+
+HASHED_ROWS = 1024
+
+
+def default_parts(num_rows: int) -> int:
+    """One row in how many each backbone leaves out."""
+    return FEW_PARTS if num_rows < FEW_ROWS else PARTS
+
+
+def hashes(*values: np.ndarray) -> np.ndarray:
+    """A number for each row of arrays of ``n`` rows, ``(n,)``, which another row will hardly share."""
+    flat = [np.asarray(array).reshape(len(array), -1) for array in values]
+    width = sum(array.shape[1] for array in flat)
+    factors = np.random.default_rng(0).integers(1, 2**63, width, dtype=np.uint64) | np.uint64(1)
+    found = np.zeros(len(flat[0]), np.uint64)
+    for first in range(0, len(found), HASHED_ROWS):
+        rows = slice(first, first + HASHED_ROWS)
+        # Zero is added because -0.0 and 0.0 are one number in two forms.
+        bits = np.concatenate([array[rows].astype(np.float32) + 0.0 for array in flat], axis=1).view(np.uint32)
+        found[rows] = (bits.astype(np.uint64) * factors).sum(axis=1, dtype=np.uint64)  # modulo 2**64
+    return found
+
+
+def repeats(x: np.ndarray) -> bool:
+    """Whether inputs ``(n, …)`` occur more than once, and enough different ones to leave them out as wholes."""
+    return LEAST_INPUTS <= len(np.unique(hashes(x))) < len(x)
+
+
+def whole_inputs(x: np.ndarray) -> np.ndarray:
+    """The number of each row's input ``(n,)``, the same for equal ones, in the order of their first appearance."""
+    _, first, number = np.unique(hashes(x), return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[number]
+
+
+def leave_out(groups: np.ndarray, num_members: int, num_parts: int, seed: int) -> np.ndarray:
+    """Which rows each backbone is trained on, ``(members, rows)`` of ones and zeros.
+
+    Members in sets of ``num_parts`` (two at the least) share the rows out between them, each row left out by one of
+    a set. ``groups`` (rows,) are the numbers of what stays together, by first appearance. The first rows' shares do
+    not depend on how many follow, so that adding rows leaves them as they are.
+    """
+    count = int(groups.max()) + 1
+    weights = np.ones((num_members, count), np.float32)
+    first = 0
+    while first < num_members:
+        parts = min(num_parts, num_members - first)
+        if parts == 1:  # a lone last member leaves out what a set's first one would
+            parts = min(num_parts, num_members)
+        generator = np.random.default_rng([seed, first])
+        blocks = -(-count // parts)
+        part = np.argsort(generator.random((blocks, parts)), axis=1).ravel()[:count]
+        for k in range(min(parts, num_members - first)):
+            weights[first + k, part == k] = 0.0
+        first += parts
+    return weights[:, groups]
+
+
+def assign_folds(x: np.ndarray, real: np.ndarray, seed: int) -> np.ndarray:
+    """A fold number for each row of inputs ``x``; padding gets zero and counts in no fold."""
+    rows = np.flatnonzero(real > 0)
+    groups = whole_inputs(x[rows]) if repeats(x[rows]) else np.arange(len(rows))
+    count = int(groups.max()) + 1
+    num_folds = max(2, min(MAX_FOLDS, count))
+    folds = np.zeros(len(real), np.int32)
+    folds[rows] = np.random.default_rng(seed).permutation(np.arange(count) % num_folds)[groups]
+    return folds
