@@ -26,17 +26,12 @@ NETWORK_OF = {"spectra": "convnet", "digits": "convnet", "few_digits": "convnet"
 # Active learning refits after every new row: keywords of every fit but the first, beside those of OUR_MODEL.
 ACTIVE_REFIT: dict[str, Any] = {}
 
-# Active learning once more, as changes of OUR_MODEL: both hidden layers of a small network Bayesian, below an output
-# layer of random weights. Rows that a model chose are unlike those still in the pool, so what it learns from rows left
-# out misleads it there, and so do layers trained on them; here nothing is trained. The prior scale of the second layer
-# is the root of 8 / 16: its units then vary as those of the paper's layers, which are 8 wide.
-HIDDEN_LAYERS: dict[str, Any] = {
-    "hidden_dims": [16, 16],
+# Active learning once more, as changes of OUR_MODEL: the network of the paper with its first two layers Bayesian. Rows
+# that a model chose are unlike those still in the pool, so what it learns from rows left out misleads it there.
+FIRST_LAYERS: dict[str, Any] = {
+    "hidden_dims": [8, 8, 8, 8],
     "probabilistic_layer_names": ["Dense0", "Dense1"],
     "num_backbones": 1,
-    "sgd_epochs": 0,
-    "prior_mean": "zero",
-    "priors_sigma": {"Dense0": 1.0, "Dense1": 0.7},
     "engine": "mclmc",
     "num_chains": 2,
     "num_warmup": 250,

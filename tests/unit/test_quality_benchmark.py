@@ -244,7 +244,7 @@ def test_a_run_learns_with_room_for_all_rows_that_will_come(folder, monkeypatch)
     monkeypatch.setattr(nb.PartialBNN, "fit", fit)
     monkeypatch.setattr(nb.PartialBNN, "posterior_predictive", posterior_predictive)
     tasks = active.tasks(Settings(folder, splits=1))
-    task = next(t for t in tasks if (t.dataset, t.method) == ("htem_conductivity", "hidden layers"))
+    task = next(t for t in tasks if (t.dataset, t.method) == ("htem_conductivity", "first layers"))
     found = active.run(dataclasses.replace(task, options={**task.options, "steps": 3}), folder)
     assert fits == [(3 + k, 6, "mclmc", ["Dense0", "Dense1"]) for k in range(3)]
     assert found["curves"]["chosen"] == [9, 8, 6]  # the last rows not yet known: 7 is one of the first
@@ -257,9 +257,9 @@ def test_active_report_tells_our_models_apart(tmp_path):
                    "final_rmse": nll - 0.1, "step_seconds": 1.0, "late_compilations": 0, "curves": curves}  # fmt: skip
         return {"dataset": "esol", "split": 0, "method": method, "options": {"steps": 2}, "metrics": metrics}
 
-    found = active.report([record("ours", 1.5), record("hidden layers", 1.2)], Settings(tmp_path / "data"))
+    found = active.report([record("ours", 1.5), record("first layers", 1.2)], Settings(tmp_path / "data"))
     assert "| **ours, default** | 1 | 1.500 |" in found.markdown
-    assert "| **ours, hidden layers Bayesian** | 1 | 1.200 |" in found.markdown
+    assert "| **ours, first layers Bayesian** | 1 | 1.200 |" in found.markdown
     assert [check.met for check in found.checks if "NLPD at step 0" in check.name] == [False, True]
 
 
