@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from . import _checks, metrics, priors, selectors
+from . import _candidates, _checks, metrics, priors, selectors
 from .errors import ConvergenceWarning, DataError, OptionError
 from .inference.base import Engine, RunControl
 from .likelihoods import Likelihood
@@ -47,13 +47,14 @@ class PartitionComparison:
         (``"done"``, ``"skipped"`` or ``"failed"``); ``num_bayesian``, the length of the random vector;
         ``seconds`` of the whole fit; ``ess_per_second``, effective draws of the slowest prediction per second of
         sampling (compilation included); ``nlpd``, ``coverage`` (of 95 % intervals) and ``crps`` on the held-out
-        rows, or ``nll``, ``ece`` and ``accuracy`` for classes; ``standard_error`` of the first of these; ``ok``,
-        whether the draws can be trusted; and ``note``. ``pandas.DataFrame(comparison.table)`` works.
+        rows, or ``nll``, ``ece`` and ``accuracy`` for classes; ``standard_error`` of the first of these (NaN for
+        one row); ``ok``, whether the draws can be trusted; and ``note``. ``pandas.DataFrame(comparison.table)`` works.
     candidates : name -> selector.
     best : the name with the lowest held-out ``nlpd`` (``nll``) among those whose draws can be trusted, or among all
         that were fitted where none can; None where nothing was fitted.
     equals : the names whose score differs from that of the best by less than two standard errors of the difference,
-        row by row on the same held-out rows; the best itself among them.
+        row by row on the same held-out rows, the best itself among them; all that were scored, where there are fewer
+        than three of these rows.
     is_regression : which of the two sets of scores the table has.
     num_held_out : rows the scores are means over.
     seconds : of everything, the training of the network included.
@@ -100,17 +101,7 @@ class PartitionComparison:
         if self.best is None:
             return "No candidate could be fitted; the notes say why."
         score = (_REGRESSION if self.is_regression else _CLASSIFICATION)[0]
-        sentence = f"* best: {self.best}, by {score} on {self.num_held_out} held-out rows"
-        others = [name for name in self.equals if name != self.best]
-        row = next(row for row in self.table if row["name"] == self.best)
-        if not row["ok"]:
-            sentence += ", although no candidate's draws can be trusted yet"
-        if not others:
-            scored = [row for row in self.table if row["status"] == "done" and row["name"] != self.best]
-            if not scored:
-                return f"{sentence}; no other candidate was scored."
-            return f"{sentence}; all others that were scored are worse by two standard errors or more."
-        return f"{sentence}. These rows cannot tell it from {', '.join(others)}: the cheapest of them will do."
+        return _candidates.closing(self.table, self.best, self.equals, score, self.num_held_out)
 
 
 def compare_partitions(
@@ -213,7 +204,9 @@ def compare_partitions(
     seconds = time.perf_counter() - started
     losses = {row["name"]: row.pop("losses", None) for row in rows}
     best = _best(rows, "nlpd" if num_classes is None else "nll")
-    return PartitionComparison(rows, named, best, _equals(losses, best), num_classes is None, len(held_out[0]), seconds)
+    return PartitionComparison(
+        rows, named, best, _candidates.equals(losses, best), num_classes is None, len(held_out[0]), seconds
+    )
 
 
 def default_candidates(info: NetworkInfo, statistics: Any = None) -> dict[str, Selector]:
@@ -321,25 +314,13 @@ def _scores(model: PartialBNN, X: np.ndarray, y: np.ndarray) -> dict[str, Any]:
                  "crps": metrics.crps(y, mean, var)}  # fmt: skip
         each = 0.5 * (np.log(2 * np.pi * var) + (y - mean) ** 2 / var)
         loss = each.reshape(len(y), -1).mean(axis=1)
-    return {**found, "standard_error": _standard_error(loss), "losses": loss}
+    return {**found, "standard_error": _candidates.standard_error(loss), "losses": loss}
 
 
 def _best(rows: list[dict[str, Any]], score: str) -> str | None:
     done = [row for row in rows if row["status"] == "done"]
     pool = [row for row in done if row["ok"]] or done
     return min(pool, key=lambda row: row[score])["name"] if pool else None
-
-
-def _equals(losses: Mapping[str, np.ndarray | None], best: str | None) -> tuple[str, ...]:
-    """The candidates whose mean loss the rows cannot tell from that of the best."""
-    if best is None:
-        return ()
-    behind = {name: loss - losses[best] for name, loss in losses.items() if loss is not None}
-    return tuple(name for name, d in behind.items() if abs(d.mean()) <= 2 * _standard_error(d))
-
-
-def _standard_error(values: np.ndarray) -> float:
-    return float(values.std() / math.sqrt(len(values)))
 
 
 def _split(network: Network, X: Any, y: Any, num_classes: int | None, held_out_fraction: float, seed: int):

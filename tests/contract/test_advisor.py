@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import neurobayes as nb
+from neurobayes._candidates import closing, equals, standard_error
 from neurobayes.advisor import _OutOfTime, _WithinSeconds, compare_partitions, default_candidates
 from neurobayes.errors import DataError, OptionError
 from neurobayes.inference.base import Engine, RunControl
@@ -76,6 +77,37 @@ def test_table_prints_with_every_name_and_the_best_marked(compared):
     assert len(lines) == len(FEW) + 2
     assert all(any(name in line for line in lines) for name in (*FEW, "nlpd", "coverage", "crps", "ESS/s"))
     assert [line.split()[1] for line in lines[1:-1] if line.startswith("*")] == [compared.best]
+
+
+def scored(**losses):
+    """A table of candidates with these losses by row; those whose name ends in ``_no`` are not to be trusted."""
+    rows = [
+        {"name": name, "status": "done", "nlpd": np.mean(loss), "ok": not name.endswith("_no")}
+        for name, loss in losses.items()
+    ]
+    return rows, {name: np.array(loss) for name, loss in losses.items()}
+
+
+def test_a_better_candidate_that_is_not_to_be_trusted_is_named():
+    rows, losses = scored(a=[1.2, 1.3, 1.25], b_no=[0.9, 1.0, 0.95], c=[2.2, 2.3, 2.25])
+    text = closing(rows, "a", equals(losses, "a"), "nlpd", 3)
+    assert "(b_no scored better and cannot be yet); the others that were scored are worse" in text
+    assert closing(rows[:2], "a", ("a",), "nlpd", 3).endswith("(b_no scored better and cannot be yet).")
+
+
+def test_the_cheapest_to_be_recommended_can_be_trusted():
+    rows, losses = scored(a=[1.0, 1.3, 1.2], b_no=[1.1, 1.2, 1.3])
+    assert equals(losses, "a") == ("a", "b_no")
+    assert "the cheapest of them whose draws can be trusted" in closing(rows, "a", ("a", "b_no"), "nlpd", 3)
+
+
+def test_fewer_than_three_rows_tell_nothing_apart():
+    rows, losses = scored(a=[1.0], b=[3.0])
+    assert equals(losses, "a") == ("a", "b") and math.isnan(standard_error(losses["a"]))
+    text = closing(rows, "a", ("a", "b"), "nlpd", 1)
+    assert text == (
+        "* best: a, by nlpd on 1 held-out row. So few rows cannot tell candidates apart: raise held_out_fraction."
+    )
 
 
 def test_table_becomes_a_data_frame(compared):
