@@ -212,7 +212,7 @@ class _Search:
         squares = _residual_squares(form, self.u, self.noise, terms)
         by_noise = self.spectrum.by_noise.astype(np.float32)
         num_rows = np.float32(np.sum(terms.row_weights))
-        noise, cov = _maximise_noise(form, self.noise, squares, num_rows, by_noise, terms.noise_prior)
+        noise, cov = _maximise_noise(self.noise, squares, num_rows, by_noise, terms.noise_prior)
         noise, self.noise_cov = np.asarray(noise), np.asarray(cov, float)
         if not (np.all(np.isfinite(noise)) and np.all(np.isfinite(self.noise_cov))):
             raise TrainingError(
@@ -308,8 +308,8 @@ def _residual_squares(form: Form, u: Array, noise: Array, terms: Terms) -> Array
     return jnp.sum(jnp.asarray(terms.row_weights)[:, None] * (terms.y - outputs) ** 2, axis=0)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _maximise_noise(form: Form, noise: Array, squares: Array, num_rows: Array, by_noise: Array, noise_prior: Any):
+@jax.jit
+def _maximise_noise(noise: Array, squares: Array, num_rows: Array, by_noise: Array, noise_prior: Any):
     """The most likely unconstrained noise with the weights integrated out, and its covariance, by Newton's method.
 
     The curvature's eigenvectors are held, which is exact for one output and where outputs share no weights.
