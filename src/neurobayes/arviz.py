@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import _checks, predictive
-from .errors import OptionError
+from .errors import OptionError, missing_extra
 from .mixture import gaussian_log_density
 from .models.fitting import Fitted
 from .models.partial_bnn import PartialBNN
@@ -43,6 +43,8 @@ def to_arviz(model: PartialBNN, X: Any = None, y: Any = None, *, seed: int | Non
 
     Raises
     ------
+    MissingExtraError
+        The extra ``arviz`` is not installed.
     OptionError
         ``y`` without ``X``.
     DataError
@@ -60,7 +62,7 @@ def to_arviz(model: PartialBNN, X: Any = None, y: Any = None, *, seed: int | Non
     try:
         import arviz_base
     except ImportError as error:
-        raise ImportError("to_arviz needs arviz-base. Install it with: pip install 'neurobayes[arviz]'") from error
+        raise missing_extra("arviz-base", "arviz", "nb.to_arviz") from error
 
     if y is not None and X is None:
         raise OptionError("to_arviz(model, y=...) needs X too, the inputs of the same rows.")

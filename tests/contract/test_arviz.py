@@ -1,5 +1,7 @@
 """``nb.to_arviz``: groups, units, and that ArviZ's own leave-one-out and comparison work on them."""
 
+import sys
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -125,3 +127,9 @@ def test_mistakes(fitted, mlp, regression):
         nb.to_arviz(nb.PartialBNN(mlp, num_backbones=1))
     with pytest.raises(DataError):
         nb.to_arviz(fitted, regression[0], regression[1][:-1])
+
+
+def test_without_arviz_the_error_names_the_extra(monkeypatch, fitted):
+    monkeypatch.setitem(sys.modules, "arviz_base", None)
+    with pytest.raises(nb.errors.MissingExtraError, match=r'arviz-base.*from the checkout.*"\.\[arviz\]"'):
+        nb.to_arviz(fitted)

@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false
-"""PyTorch modules as networks, through torchax (``neurobayes[torch]``)."""
+"""PyTorch modules as networks, through torchax (the extra ``torch``)."""
 
 import copy
 from typing import Any
