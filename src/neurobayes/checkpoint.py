@@ -22,6 +22,8 @@ from .errors import CheckpointError
 
 _MANIFEST = "manifest.json"
 _FORMAT = 1
+_PARTS = {"number": int, "state": str, "draws": list, "counters": dict, "extra": dict, "facts": dict}
+"""What a manifest holds beside its format and fingerprint."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +63,13 @@ class Checkpoint:
             return None
         state = _read(self.folder / self._manifest["state"])
         parts = [_read(self.folder / name) for name in self._manifest["draws"]]
-        draws = {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]} if parts else {}
-        leaves = [state[f"leaf{i:04d}"] for i in range(len(state))]
+        try:
+            draws = {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]} if parts else {}
+            leaves = [state[f"leaf{i:04d}"] for i in range(len(state))]
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"files of {self.folder} do not fit together ({error}). Delete the folder and start again."
+            ) from error
         return Snapshot(dict(self._manifest["counters"]), leaves, draws)
 
     def save(self, counters: Mapping[str, int], state: Any, new_draws: Mapping[str, np.ndarray]) -> None:
@@ -113,12 +120,29 @@ class Checkpoint:
                 f"checkpoint_dir={str(self.folder)!r} belongs to another run: data, network, options, seed or "
                 "version differ. Give each run a folder of its own, or delete this one."
             )
+        fault = _fault(manifest)
+        if fault:
+            raise CheckpointError(f"{path} is damaged: {fault}. Delete the folder and start again.")
         return manifest
 
     def _write_manifest(self, **changes: Any) -> None:
         manifest = {**self._manifest, **changes}
         _atomically(self.folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
         self._manifest = manifest
+
+
+def _fault(manifest: Mapping[str, Any]) -> str:
+    """What a manifest lacks or should not hold; nothing where it is whole."""
+    wrong = [part for part, kind in _PARTS.items() if not isinstance(manifest.get(part), kind)]
+    if wrong:
+        return f"it lacks {', '.join(wrong)}, or holds it in another form"
+    names = [*manifest["draws"], *manifest["extra"].values(), *filter(None, [manifest["state"]])]
+    outside = [name for name in names if not _is_file_name(name)]
+    return f"it names {outside[0]!r}, which is no file of the folder" if outside else ""
+
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
 
 
 def fingerprint(*parts: Any) -> str:

@@ -183,6 +183,13 @@ def test_long_positions_are_returned_few_at_a_time():
     assert found[2] * 100_000 <= _driver.VALUES_PER_CHUNK and found[3] == 8
 
 
+@pytest.mark.parametrize("folder", [5, b"run", ["run"]])
+def test_folders_that_are_none(network, data, folder, monkeypatch):
+    monkeypatch.setattr("neurobayes.models.partial_bnn.progress", lambda show: pytest.fail("training has begun"))
+    with pytest.raises(OptionError, match="checkpoint_dir must be the path of a folder"):
+        fit(network, data, checkpoint_dir=folder)
+
+
 # --- by hand
 
 

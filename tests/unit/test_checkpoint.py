@@ -197,3 +197,40 @@ def test_fingerprints_tell_values_types_shapes_and_names_apart():
     ]  # fmt: skip
     assert len({fingerprint(tree) for tree in [base, *others]}) == 9
     assert fingerprint(base, "x") == fingerprint({"a": np.arange(8.0)[:4]}, "x") != fingerprint(base, "y")
+
+
+def damaged(folder, **changes):
+    """The folder with entries of its manifest changed; None takes one away."""
+    saved(folder).keep("weights", {"w": np.ones(2, np.float32)})
+    manifest = json.loads((folder / "manifest.json").read_text()) | changes
+    kept = {name: value for name, value in manifest.items() if value is not None}
+    (folder / "manifest.json").write_text(json.dumps(kept))
+
+
+@pytest.mark.parametrize("part", ["number", "state", "draws", "counters", "extra", "facts"])
+@pytest.mark.parametrize("value", [None, 1.5])
+def test_a_manifest_that_lacks_something_is_damaged(tmp_path, part, value):
+    damaged(tmp_path, **{part: value})
+    with pytest.raises(CheckpointError, match=f"{tmp_path.name}.*is damaged: it lacks {part},.*Delete the folder"):
+        Checkpoint(tmp_path, "me")
+
+
+OUTSIDE = [
+    {part: value}
+    for name in ("../other.safetensors", "/tmp/other", "a/b", "a\\b", "..")
+    for part, value in (("state", name), ("draws", [name]), ("extra", {"weights": name}))
+]
+
+
+@pytest.mark.parametrize("changes", [*OUTSIDE, {"draws": [3]}], ids=str)
+def test_files_outside_the_folder_are_refused(tmp_path, changes):
+    damaged(tmp_path, **changes)
+    with pytest.raises(CheckpointError, match="which is no file of the folder"):
+        Checkpoint(tmp_path, "me")
+
+
+def test_files_that_do_not_fit_together(tmp_path):
+    saved(tmp_path)
+    module._write(tmp_path / "draws-000002.safetensors", {"other": np.ones((2, 5), np.float32)})
+    with pytest.raises(CheckpointError, match="do not fit together"):
+        Checkpoint(tmp_path, "me").load()

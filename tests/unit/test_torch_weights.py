@@ -235,6 +235,13 @@ def test_pickles_are_refused(tmp_path, name):
         load_torch_weights(mlp(), tmp_path / name, 3)
 
 
+@pytest.mark.parametrize("content", [b"", b"no weights", b"\xff" * 40])
+def test_a_damaged_file_is_named(tmp_path, content):
+    (tmp_path / "m.safetensors").write_bytes(content)
+    with pytest.raises(OptionError, match=r"'m\.safetensors' cannot be read as a safetensors file"):
+        load_torch_weights(mlp(), tmp_path / "m.safetensors", 3)
+
+
 def test_sources_and_shapes_that_are_no_use(tmp_path):
     with pytest.raises(OptionError, match="does not exist"):
         load_torch_weights(mlp(), tmp_path / "none.safetensors", 3)

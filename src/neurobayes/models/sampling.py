@@ -106,6 +106,8 @@ class Sampling:
             seconds = _checks.check_positive("seconds", seconds)
         if num_samples is None:
             num_samples = DEFAULT_SAMPLES if rule is None and seconds is None else MOST_SAMPLES
+        if checkpoint_dir is not None and not isinstance(checkpoint_dir, str | os.PathLike):
+            raise OptionError(f"checkpoint_dir must be the path of a folder; got {checkpoint_dir!r}.")
         for name, count in (("num_warmup", num_warmup), ("num_samples", num_samples), ("num_chains", num_chains)):
             _checks.check_positive_int(name, count)
         config = engine_config(engine, chain_method)

@@ -41,7 +41,7 @@ def read_tensors(source: Mapping[str, Any] | str | os.PathLike[str]) -> dict[str
     Raises
     ------
     OptionError
-        The file is a pickle or of another format, or ``source`` holds something that is no tensor.
+        The file is a pickle, of another format or damaged, or ``source`` holds something that is no tensor.
     """
     if isinstance(source, Mapping):
         return {str(name): _as_array(str(name), tensor) for name, tensor in source.items()}
@@ -58,9 +58,17 @@ def read_tensors(source: Mapping[str, Any] | str | os.PathLike[str]) -> dict[str
         )
     if not path.is_file():
         raise OptionError(f"source={str(source)!r} does not exist. Give the path of a .safetensors file.")
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    return {name: _as_array(name, array) for name, array in load_file(path).items()}
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise OptionError(
+            f"{path.name!r} cannot be read as a safetensors file ({error}). It may have been copied in part: copy it "
+            "again, or write it anew with safetensors.torch.save_file(module.state_dict(), path)."
+        ) from error
+    return {name: _as_array(name, array) for name, array in tensors.items()}
 
 
 def _as_array(name: str, tensor: Any) -> np.ndarray:

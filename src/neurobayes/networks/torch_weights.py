@@ -60,7 +60,7 @@ def load_torch_weights(
         Weights are missing, left over, of other shapes, or of unknown order;
         one message lists all of them.
     OptionError
-        ``source`` is a pickle (``.pt``, ``.pth``), which could run code when read.
+        ``source`` is a pickle (``.pt``, ``.pth``), which could run code when read, or the file is damaged.
 
     Notes
     -----
