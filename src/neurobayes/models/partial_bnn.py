@@ -174,7 +174,8 @@ class PartialBNN(Predicting):
         X : (n, …) inputs in the user's units, or integer tokens ``(n, length)``.
         y : (n,) or (n, d) targets in the user's units, or (n,) class labels ``0 … num_classes - 1``.
         num_warmup, num_samples : iterations of each chain before and after adaptation; 1,000 draws by default, or
-            at most 50,000 with ``until`` or ``seconds``. Exact draws need no warm-up.
+            at most 50,000 with ``until`` or ``seconds``. Exact draws need no warm-up. Several backbones share exact
+            draws, with at least 8 each; of sampled draws each of ``K`` makes ``num_samples / sqrt(K)``.
         num_chains : independent chains.
         chain_method : ``"vectorized"``, ``"parallel"`` (one chain per device) or ``"sequential"``.
         sgd_epochs : epochs of the deterministic stage, or the most to consider where ``map_sigma="auto"``
@@ -200,8 +201,9 @@ class PartialBNN(Predicting):
             choice of Bayesian weights, and go on from its sampler's last state and adaptation, with new rows for
             instance. A short ``num_warmup`` is then enough.
         room_for : the most rows that this and later fits will have, where rows are added a few at a time: everything
-            is compiled for so many at once, and later fits compile nothing. Each then takes about as long as one
-            of so many rows.
+            is compiled for so many at once, and later fits compile nothing as long as the number of backbones (by
+            default another below 128 rows, and below 32 that of the rows) and the rows per step (another above 256)
+            stay as they are. Each then takes about as long as one of so many rows.
         checkpoint_dir : folder in which the run is saved as it goes. The same call after a crash continues it, and
             ends with the draws of an uninterrupted run.
         raise_on_failure : raise instead of warning when the draws should not be trusted.
