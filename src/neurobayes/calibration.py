@@ -123,12 +123,14 @@ class IsotonicQuantiles(Calibration):
     In place of the model's distribution function ``F`` stands ``R(F)`` with ``R`` non-decreasing (Kuleshov et al.
     2018). ``R`` is kept in normal scores, ``z = Phi^-1(F(y))``, where the tails of an over-confident model have not
     yet run into 0 or 1. Between the scores of two calibration rows it is a straight line; beyond the outermost, where
-    the rows say nothing, it goes on as a Gaussian with the spread of the scores.
+    the rows say nothing, it goes on as a Gaussian with the spread of the scores. Mean and variance follow from the
+    errors themselves: the scores of a model far from Gaussian are no multiples of its standard deviation.
 
     Attributes
     ----------
-    shift : (d,) mean of the scores, 0 for a calibrated model.
-    factor : (d,) variance of the scores, 1 for a calibrated model.
+    shift : (d,) mean of ``(y - mean) / std``, 0 for a calibrated model.
+    factor : (d,) variance of ``(y - mean) / std``, 1 for a calibrated model.
+    spread : (d,) standard deviation of the scores, 1 for a calibrated model.
     knots : for each output the pair (levels, scores) that the map goes through.
     """
 
@@ -137,10 +139,11 @@ class IsotonicQuantiles(Calibration):
 
     shift: np.ndarray
     factor: np.ndarray
+    spread: np.ndarray
     knots: tuple[tuple[np.ndarray, np.ndarray], ...] = dataclasses.field(repr=False)
 
     def mean(self, mean: ArrayLike, std: ArrayLike) -> np.ndarray:
-        """Mean of the corrected distribution; like ``variance``, it takes the model's own to be Gaussian."""
+        """Mean of the corrected distribution: the model's own, moved by the mean error in standard deviations."""
         mean, std = self._prediction(mean, std, len(self.shift))
         return mean + self.shift * std
 
@@ -161,7 +164,7 @@ class IsotonicQuantiles(Calibration):
         from scipy.special import ndtri
 
         columns = []
-        for (known, scores), spread in zip(self.knots, np.sqrt(self.factor), strict=True):
+        for (known, scores), spread in zip(self.knots, self.spread, strict=True):
             inside = np.interp(levels, known, scores)
             beyond = ndtri(levels) - ndtri(np.clip(levels, known[0], known[-1]))
             columns.append(inside + spread * beyond)
@@ -316,9 +319,10 @@ def fit_calibration(
         if not (factor > 0).all():
             raise DataError("every prediction of an output is exact, so its variance has no scale. Give other rows.")
         return _warned(VarianceScaling(n, factor))
+    scores = residuals
     if quantile_function is not None:
-        residuals = normal_scores(_columns(as_floats("y", y)), quantile_function)
-    return _warned(_fit_isotonic(residuals))
+        scores = normal_scores(_columns(as_floats("y", y)), quantile_function)
+    return _warned(_fit_isotonic(residuals, scores))
 
 
 def _warned(calibration: Calibration) -> Calibration:
@@ -332,8 +336,11 @@ def _warned(calibration: Calibration) -> Calibration:
     return calibration
 
 
-def _fit_isotonic(scores: np.ndarray) -> IsotonicQuantiles:
-    """The map from levels to normal scores: the k-th smallest of ``n`` scores stands at ``k / (n + 1)``."""
+def _fit_isotonic(residuals: np.ndarray, scores: np.ndarray) -> IsotonicQuantiles:
+    """The map from levels to normal scores: the k-th smallest of ``n`` scores stands at ``k / (n + 1)``.
+
+    ``residuals`` are the errors in predicted standard deviations: the scores, if the model were Gaussian.
+    """
     from sklearn.isotonic import IsotonicRegression
 
     n = len(scores)
@@ -343,7 +350,9 @@ def _fit_isotonic(scores: np.ndarray) -> IsotonicQuantiles:
     for column in np.sort(scores, axis=0).T:
         fitted = IsotonicRegression(y_min=0.0, y_max=1.0).fit(column, np.arange(1, n + 1) / (n + 1))
         knots.append((fitted.y_thresholds_, fitted.X_thresholds_))
-    return IsotonicQuantiles(n, scores.mean(axis=0), scores.var(axis=0, ddof=1), tuple(knots))
+    return IsotonicQuantiles(
+        n, residuals.mean(axis=0), residuals.var(axis=0, ddof=1), scores.std(axis=0, ddof=1), tuple(knots)
+    )
 
 
 def _fit_temperature(labels: ArrayLike, probabilities: ArrayLike) -> Temperature:

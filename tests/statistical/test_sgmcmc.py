@@ -1,15 +1,17 @@
 """Stochastic-gradient samplers: unbiased mini-batches, a bias that falls with the step size, cycles."""
 
 import types
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import neurobayes as nb
 from neurobayes import row_blocks
 from neurobayes.checkpoint import Checkpoint
-from neurobayes.errors import OptionError
+from neurobayes.errors import ConvergenceWarning, OptionError
 from neurobayes.inference import SGMCMC, _batches, sgmcmc
 from neurobayes.inference.base import RunControl
 from neurobayes.log_density import LogDensity
@@ -27,6 +29,23 @@ def draw(target, engine, *, seed=0, num_samples=60, num_chains=1, density=None, 
         jax.random.key(seed), density or target.log_density, target.start, num_warmup=20, num_samples=num_samples,
         num_chains=num_chains, control=RunControl(**control),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["sgld", "sghmc"])
+def test_steps_are_stable_where_the_noise_is_known_beforehand(method):
+    """As in backbones, whose noise left-out rows have measured: its prior is far narrower than what rows say."""
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(ROWS, 2))
+    model = nb.PartialBNN(nb.FlaxMLP([4], 1), num_backbones=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(
+            X, X[:, 0] + 0.3 * rng.normal(size=ROWS), num_warmup=50, num_samples=200, sgd_epochs=20, map_sigma=1.0,
+            engine=SGMCMC(method=method, batch_size=BATCH), seed=0, progress_bar=False,
+        )  # fmt: skip
+    logs = np.log(model.get_samples(chain_dim=True)["noise_std"])
+    width = 0.1 / np.sqrt(2 * ROWS)  # of that prior
+    assert ((0.3 * width < logs.std(axis=1)) & (logs.std(axis=1) < 3 * width)).all()
 
 
 def padded(density, num_real):

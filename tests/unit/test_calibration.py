@@ -137,6 +137,23 @@ def test_isotonic_takes_quantiles_that_are_not_gaussian():
     np.testing.assert_allclose(q, mixture_quantiles(2)(levels), atol=0.12)
 
 
+def test_isotonic_moments_are_those_of_the_errors_also_of_a_narrow_mixture():
+    """A model with a narrow peak and rare far components: its scores are far larger than errors over its std."""
+    rng = np.random.default_rng(3)
+    n = 2000
+    y, mean, var = 0.3 + 0.5 * rng.standard_t(3, n), np.zeros(n), np.full(n, 1.0)
+
+    def own(levels):
+        return np.repeat(0.01 * stats.norm.ppf(levels)[:, None], n, axis=1)
+
+    correction = fit_calibration("isotonic", y, mean, var, quantile_function=own)
+    assert correction.spread[0] > 20  # which is no factor on the standard deviation
+    np.testing.assert_allclose(correction.mean(mean[:2], np.ones(2)), y.mean(), rtol=1e-6)
+    np.testing.assert_allclose(correction.variance(var[:2]), y.var(ddof=1), rtol=1e-6)
+    median = correction.quantiles([0.5], mean, np.ones(n), own)[0]
+    np.testing.assert_allclose(median, np.median(y), atol=0.05)
+
+
 def test_quantiles_beyond_the_looked_up_ones_follow_straight_lines():
     y, mean, var = gaussian_rows(400, scale=8.0)
 

@@ -234,6 +234,15 @@ class TestTemperature:
         assert found.log_score >= -out_of_fold.log_loss(left_out, labels)
         assert found.epistemic_factor is None and found.noise_var is None and found.coverage is None
 
+    @pytest.mark.parametrize("num_rows", [20, 100])
+    def test_does_not_collapse_where_all_left_out_rows_are_classified_rightly(self, num_rows):
+        """Their likelihood rises without end as the temperature falls; 95 rights in 100 would then be certain."""
+        labels = np.arange(num_rows) % 3
+        right = np.where(np.eye(3)[labels] > 0, 0.8, 0.1)
+        probabilities, unseen = np.tile(right, (4, 1, 1)), every_member_leaves_out(4, num_rows, 0.5)
+        found = out_of_fold.calibrate_temperature(probabilities, unseen, labels)
+        assert 0.2 < found.temperature < 0.9
+
     def test_to_temper_is_to_divide_the_logits(self):
         logits = np.random.default_rng(0).normal(size=(5, 3))
         tempered = out_of_fold.temper(scipy.special.softmax(logits, axis=-1), 2.5)

@@ -41,8 +41,21 @@ def inverse_mass(form: Form, key: Key, position: Array, terms: Terms, dense: boo
     """
     size = position.shape[0]
     scores = simulated_scores(form, key, position, terms, max(NUM_PROBES, 4 * size) if dense else NUM_PROBES)
-    prior_precision = jnp.concatenate([1.0 / terms.prior.std**2, jnp.ones(form.num_noise)])
+    prior_precision = jnp.concatenate([1.0 / terms.prior.std**2, _noise_precision(form, position, terms)])
     if not dense:
         return 1.0 / (jnp.mean(scores**2, axis=0) + prior_precision)
     precision = scores.T @ scores / scores.shape[0] + jnp.diag(prior_precision)
     return jnp.linalg.inv(precision)
+
+
+def _noise_precision(form: Form, position: Array, terms: Terms) -> Array:
+    """The curvature of the noise's log prior, ``(num_noise,)``; one where it is less or the prior is not concave.
+
+    That of a backbone's noise, which left-out rows have measured, is far greater than what its own rows say.
+    """
+    first = position.shape[0] - form.num_noise
+
+    def log_prior(noise):
+        return form.log_prior(jnp.concatenate([position[:first], noise]), terms)
+
+    return jnp.maximum(-jnp.diagonal(jax.hessian(log_prior)(position[first:])), 1.0)
