@@ -1,7 +1,6 @@
 """Standardisation of inputs and targets, and padding of rows to few distinct sizes."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -105,11 +104,6 @@ class Scaling:
             field.name: value.tolist() if isinstance(value := getattr(self, field.name), np.ndarray) else value
             for field in dataclasses.fields(self)
         }
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        """The scaling whose ``to_dict`` is ``fields`` (lists or arrays)."""
-        return cls(**{**fields, "tokens": bool(fields["tokens"])})
 
 
 def _columns(y: np.ndarray) -> np.ndarray:

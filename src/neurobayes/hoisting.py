@@ -54,7 +54,6 @@ class Hoisted:
         self._early = jax.jit(before_theta, compiler_options=compiler_options())
         self._late = jex.jaxpr_as_fun(jex.ClosedJaxpr(late, []))
         self.num_late_equations = len(after)
-        self.num_early_equations = len(before)
         self.carry_avals = tuple(v.aval for v in carried)
         # Parameters and inputs are carried as they are and cost nothing.
         self.carry_bytes = sum(_num_bytes(v.aval) for v in carried if v not in frozen_vars)

@@ -75,7 +75,7 @@ def _equation_kinds(eqn: Any, operands: list[int]) -> list[int]:
     if eqn.primitive.name == "scan":
         return _scan_kinds(eqn, operands)
     linear = max(operands) == _AFFINE and not eqn.effects and _is_linear(eqn, operands)
-    return [_AFFINE if linear and _keeps_precision(eqn, v) else _OTHER for v in eqn.outvars]
+    return [_AFFINE if linear and _keeps_precision(v) else _OTHER for v in eqn.outvars]
 
 
 def _scan_kinds(eqn: Any, operands: list[int]) -> list[int]:
@@ -103,7 +103,7 @@ def _is_linear(eqn: Any, operands: list[int]) -> bool:
     return name in _LINEAR_BEFORE and _AFFINE not in operands[_LINEAR_BEFORE[name] :]
 
 
-def _keeps_precision(eqn: Any, result: Any) -> bool:
+def _keeps_precision(result: Any) -> bool:
     """Rounding to fewer bits than float32, or to integers, is no linear map."""
     dtype = np.dtype(result.aval.dtype)
     return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize >= 4

@@ -33,7 +33,6 @@ class TrainingResult:
     history: dict[str, np.ndarray]
     statistics: TrainingStatistics | None
     num_epochs: int
-    best_epoch: int | None
     num_averaged: int
     progress: Progress
 
@@ -240,7 +239,6 @@ def _result(program: Program, progress: Progress, history, num_epochs: int) -> T
         history=history,
         statistics=statistics,
         num_epochs=num_epochs,
-        best_epoch=int(progress.best_epoch) + 1 if program.early_stopping else None,
         num_averaged=num_averaged,
         progress=progress,
     )

@@ -133,12 +133,12 @@ def test_equality_is_one_bool():
 
 
 @pytest.mark.parametrize("tokens", [True, False])
-def test_survives_pickle_json_and_arrays_exactly(tokens):
+def test_survives_pickle_and_json_exactly(tokens):
     X = np.arange(6).reshape(2, 3) if tokens else rows()
     scaling = Scaling.fit(X, rows(len(X)), tokens=tokens)
     assert pickle.loads(pickle.dumps(scaling)) == scaling
-    assert Scaling.from_dict(json.loads(json.dumps(scaling.to_dict()))) == scaling
-    assert Scaling.from_dict({name: np.array(value) for name, value in scaling.to_dict().items()}) == scaling
+    for name, value in json.loads(json.dumps(scaling.to_dict())).items():
+        np.testing.assert_array_equal(value, getattr(scaling, name))
 
 
 def test_buckets_hold_the_rows_with_little_waste():

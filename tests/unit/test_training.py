@@ -69,9 +69,10 @@ def test_early_stopping_returns_the_best_weights_it_kept(rows):
     program = training.Program(NETWORK, Gaussian(), monitor="validation", early_stopping=True)
     opposite = rows._replace(y=-rows.y)  # every step towards y makes these worse
     stopped = run(rows, program, validation=opposite)
-    assert stopped.best_epoch < EPOCHS
+    num_epochs = int(stopped.progress.best_epoch) + 1
+    assert num_epochs < EPOCHS
     settings = training.Settings(rows.real, np.float32(1.0), np.ones(1, np.float32))
-    rates = np.full((stopped.best_epoch, 1), 0.05, np.float32)
+    rates = np.full((num_epochs, 1), 0.05, np.float32)
     short, _ = training.train(PROGRAM, jax.random.key(0), rows, settings, learning_rates=rates)
     for a, b in zip(leaves(stopped.params), leaves(short.params), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -238,13 +238,6 @@ class GaussianApproximation:
         draws[:, num_theta:] = self.mode[num_theta:] + normals @ np.linalg.cholesky(self.noise_cov).T
         return draws
 
-    def covariance(self) -> np.ndarray:
-        """Dense covariance of the weights, ``(weights, weights)``."""
-        vectors = np.eye(len(self.prior_std)) if self.eigenvectors is None else _as_array(self.eigenvectors)
-        shrink = self.eigenvalues / (1.0 + self.eigenvalues)
-        inner = np.eye(len(self.prior_std)) - (vectors * shrink) @ vectors.T
-        return self.prior_std[:, None] * inner * self.prior_std
-
 
 def _as_array(vectors: np.ndarray | Basis) -> np.ndarray:
     return vectors.dense() if isinstance(vectors, Basis) else vectors
