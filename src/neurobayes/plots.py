@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import errors, metrics
+from . import _checks, errors, metrics
 from ._drawing import BLUE as _BLUE
 from ._drawing import GREY as _GREY
 from ._drawing import ORANGE as _ORANGE
@@ -80,13 +80,15 @@ def _predicted(y_true: Any, mean: Any, var: Any, output: int | None) -> _Predict
 
 
 def _column(array: Any, output: int | None) -> Any:
-    """Column ``output`` of an (n, d) array; any other is left as it is."""
-    if output is None or np.ndim(array) != 2:
+    """Column ``output`` of an (n, d) array; one of shape (n,), which has output 0 only, is left as it is."""
+    if output is None:
         return array
     array = np.asarray(array)
-    if not 0 <= output < array.shape[1]:
-        raise errors.OptionError(f"output={output!r} does not exist: there are {array.shape[1]}, counted from 0.")
-    return array[:, output]
+    count = array.shape[1] if array.ndim == 2 else 1
+    if _checks.check_positive_int("output", output, minimum=0) >= count:
+        there = f"there are {count}, counted from 0" if count > 1 else "there is one, so leave output out"
+        raise errors.OptionError(f"output={output!r} does not exist: {there}.")
+    return array[:, output] if array.ndim == 2 else array
 
 
 def _with_unit(label: str, unit: str) -> str:

@@ -305,7 +305,7 @@ def test_what_is_no_network(regression, quick):
             nb.PartialBNN(thing, num_backbones=1)
 
 
-@pytest.mark.parametrize("levels", [[0.0], [1.0], [1.5], ["median"]])
+@pytest.mark.parametrize("levels", [[0.0], [1.0], [1.5], ["median"], "0.5", 1.5])
 def test_bad_quantile_levels(partial, regression, levels):
     with pytest.raises(nb.errors.OptionError, match="quantiles"):
         partial.posterior_predictive(regression[0], quantiles=levels)

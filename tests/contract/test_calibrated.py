@@ -124,6 +124,19 @@ def test_scaled_variance_is_one_factor_on_all_of_the_distribution(fitted, calibr
 
 
 @pytest.mark.parametrize("method", ["variance", "isotonic"])
+def test_a_single_quantile_may_be_asked_for(fitted, calibrated, method):
+    for model in (fitted, calibrated[method]):
+        one, listed = (model.posterior_predictive(X_TEST, quantiles=levels).quantiles for levels in (0.3, [0.3]))
+        np.testing.assert_array_equal(one[0.3], listed[0.3])
+
+
+def test_the_warning_of_few_rows_points_at_the_caller(fitted):
+    with pytest.warns(CalibrationWarning) as warned:
+        fitted.calibrate(X_CAL[:5], Y_CAL[:5])
+    assert [each.filename for each in warned] == [__file__]
+
+
+@pytest.mark.parametrize("method", ["variance", "isotonic"])
 def test_an_interval_lies_between_two_quantiles(calibrated, method):
     low, high = calibrated[method].predict_interval(X_TEST[:20], 0.8)
     quantiles = calibrated[method].posterior_predictive(X_TEST[:20], quantiles=[0.1, 0.9]).quantiles

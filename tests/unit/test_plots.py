@@ -192,6 +192,8 @@ def test_one_of_several_outputs_is_chosen(name):
     assert points(draw(Model(True, *pairs[1:]), None, pairs[0], output=1)) == points(draw(Y, MEAN, VAR))
     with pytest.raises(OptionError, match="output=2 does not exist: there are 2"):
         draw(*pairs, output=2)
+    with pytest.raises(OptionError, match="output=3 does not exist: there is one"):
+        draw(Y, MEAN, VAR, output=3)
 
 
 def test_a_model_is_judged_by_its_own_intervals():

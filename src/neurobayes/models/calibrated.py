@@ -87,14 +87,14 @@ class CalibratedModel:
         return prediction.quantiles[ends[0]], prediction.quantiles[ends[1]]
 
     def posterior_predictive(
-        self, X: Any, *, quantiles: Sequence[float] | None = None, num_draws: int = 0, seed: int | None = None
+        self, X: Any, *, quantiles: Sequence[float] | float | None = None, num_draws: int = 0, seed: int | None = None
     ) -> RegressionPrediction | ClassPrediction:
         """The corrected predictive distribution; both parts of its uncertainty are corrected by one factor.
 
         Parameters
         ----------
         X : (n, …) inputs, rows shaped as at fit.
-        quantiles : levels in (0, 1) at which to give corrected quantiles (``"variance"`` and ``"isotonic"``).
+        quantiles : levels in (0, 1), or one, at which to give corrected quantiles (``"variance"``, ``"isotonic"``).
         num_draws : draws of new observations to return (``"variance"`` only).
         seed : chooses the draws.
 
@@ -108,15 +108,16 @@ class CalibratedModel:
                 f"calibration by {self.calibration.method!r} does not change draws. "
                 ".model.posterior_predictive(X, num_draws=...) gives the model's own."
             )
+        levels = None if quantiles is None else quantile_levels(quantiles)
         if not self.is_regression:
-            return self._classes(X, quantiles)
+            return self._classes(X, levels)
         if isinstance(self.calibration, ConformalIntervals):
-            if quantiles is not None:
+            if levels is not None:
                 raise OptionError("conformal calibration changes intervals only. Use predict_interval(X, level).")
             return self.model.posterior_predictive(X)
         if isinstance(self.calibration, VarianceScaling):
-            return self._stretched(self.calibration, X, quantiles, num_draws, seed)
-        return self._remapped(X, quantiles)
+            return self._stretched(self.calibration, X, levels, num_draws, seed)
+        return self._remapped(X, levels)
 
     def _classes(self, X: Any, quantiles: Sequence[float] | None) -> ClassPrediction:
         """Corrected probabilities, their entropy parted between its two sources as in the model's own."""
@@ -150,7 +151,6 @@ class CalibratedModel:
         own = _numbers(self.model.posterior_predictive(X))
         corrected = None
         if levels is not None:
-            levels = [_checks.check_fraction("quantiles", level) for level in levels]
             values = self.calibration.quantiles(levels, own.mean, own.std, _quantile_function(self.model, X))
             corrected = dict(zip(levels, values, strict=True))
         return RegressionPrediction(
@@ -196,6 +196,12 @@ def calibrate(model: PredictiveModel, X: Any, y: Any, method: str | None = None)
         raise DataError(f"y_cal has shape {targets.shape}, but the model predicts {mean.shape}, as y had at fit.")
     own = _quantile_function(model, X) if method == "isotonic" else None
     return CalibratedModel(model, fit_calibration(method, targets, mean, var, quantile_function=own))
+
+
+def quantile_levels(quantiles: Any) -> list[float]:
+    """The levels that quantiles are asked for at, each in (0, 1), from a sequence of them or a single one."""
+    levels = quantiles if np.iterable(quantiles) and not isinstance(quantiles, str) else [quantiles]
+    return [_checks.check_fraction("quantiles", level) for level in levels]
 
 
 def _quantile_function(model: PredictiveModel, X: Any):

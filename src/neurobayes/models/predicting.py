@@ -73,7 +73,7 @@ class Predicting:
         self,
         X: Any,
         *,
-        quantiles: Sequence[float] | None = None,
+        quantiles: Sequence[float] | float | None = None,
         num_draws: int = 0,
         seed: int | None = None,
         calibration: str | None = _SAME,
@@ -83,7 +83,7 @@ class Predicting:
         Parameters
         ----------
         X : (n, …) inputs, rows shaped as at fit.
-        quantiles : levels in (0, 1) at which to give quantiles of the predictive mixture (regression).
+        quantiles : levels in (0, 1), or one, at which to give quantiles of the predictive mixture (regression).
         num_draws : draws to return: of new observations (regression) or of class probabilities.
         seed : chooses the draws.
         calibration : ``"out_of_fold"`` or None, if other than the model's own.
@@ -100,7 +100,7 @@ class Predicting:
         mean, epistemic, aleatoric = mixture.regression_moments(parts, x)
         solved = None
         if quantiles is not None:
-            levels = [check_fraction("quantiles", q) for q in quantiles]
+            levels = calibrated.quantile_levels(quantiles)
             values = fitted.scaling.mean_to_user(mixture.quantiles(parts, x, levels))
             solved = dict(zip(levels, to_target_shape(values, fitted.target_ndim), strict=True))
         return RegressionPrediction(
@@ -176,7 +176,11 @@ class Predicting:
         CalibrationWarning
             Fewer than 20 rows, or most of them are rows of the fit.
         """
-        result = calibrated.calibrate(self, X_cal, y_cal, method)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always", CalibrationWarning)
+            result = calibrated.calibrate(self, X_cal, y_cal, method)
+        for each in warned:  # again, from where it can be mended
+            warnings.warn(each.message, stacklevel=2)
         fitted, x = self._inputs(X_cal)
         if self.num_classes is None:
             y = fitted.scaling.targets(_checks.as_targets(y_cal, len(x), training=False))
