@@ -67,7 +67,8 @@ def combine(parts: Sequence[Diagnostics]) -> Diagnostics:
     if len(parts) == 1:
         return parts[0]
     worst = min(range(len(parts)), key=lambda k: (parts[k].ok, parts[k].ess_bulk))
-    verdict = f"{parts[worst].verdict} The other {len(parts) - 1} backbones are no worse."
+    rest = "other backbone is" if len(parts) == 2 else f"other {len(parts) - 1} backbones are"
+    verdict = f"{parts[worst].verdict} The {rest} no worse."
     if not parts[worst].ok:
         failed = sum(not part.ok for part in parts)
         verdict = f"{failed} of {len(parts)} backbones need attention. The worst: {parts[worst].verdict}"
@@ -252,5 +253,8 @@ def _sentence(complaints: list[tuple[str, str]], f: dict) -> str:
             f"prediction, {divergences}{chains}."
         )
     problems = "; ".join(problem for problem, _ in complaints)
-    remedies = "; ".join(dict.fromkeys(remedy for _, remedy in complaints))
+    wanted = list(dict.fromkeys(remedy for _, remedy in complaints))
+    if "raise num_warmup and num_samples" in wanted:  # says the same and more
+        wanted = [remedy for remedy in wanted if remedy != "raise num_samples"]
+    remedies = "; ".join(wanted)
     return f"Do not trust these draws yet: {problems}. To mend it: {remedies}."

@@ -9,7 +9,7 @@ import pytest
 import scipy.signal
 from arviz_stats.base import array_stats
 
-from neurobayes.diagnostics import diagnose, effective_sample_size, energy_fraction, split_r_hat
+from neurobayes.diagnostics import combine, diagnose, effective_sample_size, energy_fraction, split_r_hat
 
 
 def independent(num_chains=4, num_draws=500, num_quantities=3, seed=0):
@@ -98,6 +98,21 @@ def test_disagreeing_chains_and_few_effective_draws_are_complained_about():
     slow = autoregressive(0.99, num_chains=2, num_draws=500)
     judged = diagnose(slow, stats_of(slow), 10)
     assert not judged.ok and "effective draws" in judged.verdict
+
+
+def test_a_remedy_that_another_contains_is_not_said_again():
+    values = independent(num_draws=100)
+    values[0] += 5.0
+    verdict = diagnose(values, stats_of(values), 10).verdict
+    assert "R-hat" in verdict and "effective draws" in verdict
+    assert verdict.endswith("To mend it: raise num_warmup and num_samples.")
+
+
+@pytest.mark.parametrize(("number", "said"), [(2, "The other backbone is no"), (3, "The other 2 backbones are no")])
+def test_backbones_are_counted_as_one_says_it(number, said):
+    values = independent()
+    judged = diagnose(values, stats_of(values), 10)
+    assert said in combine([judged] * number).verdict
 
 
 @pytest.mark.parametrize(
