@@ -97,6 +97,22 @@ def test_evidence_is_that_of_the_rows(linear):
     assert run(Laplace(prior_scale=0.4), linear).info["log_evidence"] == pytest.approx(by_hand(linear, 0.4), abs=2e-3)
 
 
+def test_evidence_with_unknown_noise_is_the_integral_over_it(last_layer):
+    target = last_layer("unknown noise", rows=40, hidden=3, noise_std=(0.4,), noise_prior_scale=1.0, prior_std=1.5)
+    form, terms = target.log_density.form, target.log_density.terms
+    rows = np.append(np.eye(form.num_theta), np.zeros((form.num_theta, 1)), axis=1).astype(np.float32)
+    features = np.stack([np.asarray(form.outputs(row, terms.carry), float)[:, 0] for row in rows], axis=1)
+    noise = np.geomspace(0.1, 2.0, 400)
+    log_joint = scipy.stats.halfnorm.logpdf(noise) + [
+        scipy.stats.multivariate_normal.logpdf(
+            np.asarray(terms.y, float)[:, 0], cov=1.5**2 * features @ features.T + std**2 * np.eye(len(features))
+        )
+        for std in noise
+    ]
+    expected = np.log(np.trapezoid(np.exp(log_joint - log_joint.max()), noise)) + log_joint.max()
+    assert run(Laplace(), target).info["log_evidence"] == pytest.approx(expected, abs=0.1)
+
+
 def test_marginal_likelihood_chooses_the_prior_scale(linear):
     info = run(Laplace(prior_scale="marginal_likelihood"), linear).info
     scales = np.exp(np.linspace(-3, 3, 241))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from neurobayes.errors import OptionError, TrainingError
-from neurobayes.inference import NUTS, SVI, Pathfinder
+from neurobayes.inference import NUTS, SVI, Pathfinder, pathfinder
 from neurobayes.inference.base import RunControl
 from neurobayes.log_density import LogDensity
 
@@ -91,6 +91,14 @@ def test_options_are_checked(linear):
         SVI(guide="flow").run(
             KEY, LogDensity(wide, linear.log_density.terms), np.zeros(500), num_warmup=1, num_samples=1
         )
+
+
+@pytest.mark.parametrize(("std", "low", "high"), [(0.2, 0.8, 1.2), (3.0, -np.inf, 0.2)], ids=["narrow", "wide"])
+def test_pareto_k_tells_an_approximation_that_is_too_narrow(std, low, high):
+    """Of a Gaussian with standard deviation s < 1 for a standard normal density it is 1 - s**2."""
+    draws = std * np.random.default_rng(0).normal(size=4000)
+    log_ratios = 0.5 * (draws / std) ** 2 - 0.5 * draws**2
+    assert low < pathfinder._pareto_k(log_ratios) < high
 
 
 def test_pathfinder_judges_itself_and_starts_nuts(linear, disagreement):

@@ -13,6 +13,7 @@ from neurobayes.likelihoods import (
     Gaussian,
     HeteroskedasticGaussian,
     RowLoss,
+    mean_noise_var,
     split_outputs,
 )
 
@@ -117,3 +118,10 @@ class TestHeteroskedasticGaussian:
 def test_equal_likelihoods_key_the_same_program(likelihood):
     assert likelihood == type(likelihood)()
     assert hash(likelihood) == hash(type(likelihood)())
+
+
+def test_mean_noise_variance_is_that_of_draws():
+    mean, var = np.array([-1.0, 0.3, 0.0]), np.array([0.1, 0.2, 0.0])
+    draws = np.exp(2.0 * np.random.default_rng(0).normal(mean, np.sqrt(var), size=(100_000, 3)))
+    error = 5.0 * draws.std(axis=0) / np.sqrt(len(draws)) + 1e-12
+    assert np.all(np.abs(mean_noise_var(mean, var) - draws.mean(axis=0)) < error)

@@ -105,6 +105,25 @@ def test_the_evidence_tells_noise_that_varies_from_noise_that_does_not(rows):
     assert constant > 500.0
 
 
+@pytest.mark.parametrize("dof", [5.0, 1e6])
+def test_a_step_to_the_precision_with_the_most_evidence(dof):
+    """With the information of an error about the logarithm of its noise variance integrated numerically."""
+    share, precision, coefficients = 0.6, 40.0, np.array([0.15, -0.1])
+    features = np.repeat([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]], 50, axis=0)  # orthogonal
+    errors, step = np.linspace(-200.0, 200.0, 400_001), 1e-3
+
+    def log_density(change):
+        variance = 1.0 - share + share * np.exp(change)
+        return scipy.stats.t.logpdf(errors, dof, scale=np.sqrt(variance * (dof - 2.0) / dof))
+
+    slope = (log_density(step) - log_density(-step)) / (2.0 * step)
+    curvature = len(features) * np.trapezoid(slope**2 * np.exp(log_density(0.0)), errors)
+    expected = 2.0 * curvature / (curvature + precision) / np.sum(coefficients**2)
+    assert noise_model.PRECISIONS[0] < 1.1 * expected < noise_model.PRECISIONS[1]
+    found = evidence_precision(coefficients, features, np.full(len(features), share), dof, precision)
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
 class TestVariation:
     def variation(self, x, means, coefficients):
         over_rows = Standard.of(np.swapaxes(means, 0, 1))
