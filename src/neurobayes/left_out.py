@@ -1,8 +1,8 @@
 """Which rows each of several networks leaves out of its training.
 
-Rows with the same inputs stay together, as far as there are enough different
-ones: a network that was trained on one of two repeated measurements knows the
-other, whose prediction then says nothing of new inputs.
+Where many rows repeat the inputs of others, those with the same inputs stay
+together: a network that was trained on one of two repeated measurements knows
+the other, whose prediction then says nothing of new inputs.
 """
 
 import numpy as np
@@ -16,6 +16,10 @@ FEW_ROWS = 600
 
 LEAST_INPUTS = 16
 """With fewer different inputs, rows are left out one by one: a quarter of so few would take away whole regions."""
+
+MOST_DISTINCT = 0.75
+"""With more different inputs than this share of the rows there are no repeated measurements but a few equal rows, as
+there will be among new ones: by rows left out one by one these are predicted as new ones will be."""
 
 MAX_FOLDS = 5
 
@@ -42,8 +46,8 @@ def hashes(*values: np.ndarray) -> np.ndarray:
 
 
 def repeats(x: np.ndarray) -> bool:
-    """Whether inputs ``(n, …)`` occur more than once, and enough different ones to leave them out as wholes."""
-    return LEAST_INPUTS <= len(np.unique(hashes(x))) < len(x)
+    """Whether many of the inputs ``(n, …)`` are repeated, and enough are different to leave them out as wholes."""
+    return LEAST_INPUTS <= len(np.unique(hashes(x))) <= MOST_DISTINCT * len(x)
 
 
 def whole_inputs(x: np.ndarray) -> np.ndarray:

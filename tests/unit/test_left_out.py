@@ -108,6 +108,7 @@ def test_inputs_of_any_shape_are_told_apart():
 @pytest.mark.parametrize(("x", "expected"), [
     (measured_again(), True),
     (measured_again(times=1), False),  # nothing is repeated
+    (np.concatenate([measured_again(100, 1), measured_again(100, 1)[:30]]), False),  # a few equal rows, as in new data
     (measured_again(inputs=left_out.LEAST_INPUTS, times=2), True),
     (measured_again(inputs=left_out.LEAST_INPUTS - 1, times=9), False),  # a quarter of so few would be whole regions
 ])  # fmt: skip
