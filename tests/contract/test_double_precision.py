@@ -20,6 +20,7 @@ SCRIPT = textwrap.dedent("""
     engines = {
         "mclmc": nb.inference.MCLMC(), "adjusted": nb.inference.MCLMC(adjusted=True),
         "full": nb.inference.Laplace(structure="full"), "low_rank": nb.inference.Laplace(structure="low_rank"),
+        "nuts": nb.inference.NUTS(), "identity": nb.inference.NUTS(initial_mass="identity", max_tree_depth=3),
         "diagonal": nb.inference.Laplace(structure="diagonal"),
     }
     model = nb.BNN(nb.FlaxMLP([3], 1), noise_prior=dist.HalfNormal(np.float64(0.3)))

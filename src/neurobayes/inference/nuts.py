@@ -126,10 +126,11 @@ class NUTS(Engine):
 
     def _first(self, form, key, start, kept, terms, dense: bool, num_chains: int) -> tuple[np.ndarray, ...]:
         """Positions, mass matrices and step sizes of all chains."""
+        precision: Any = jax.dtypes.canonicalize_dtype(float)  # that of NumPyro's adaptation
         if self.initial_mass == "identity":
-            mass = np.eye(len(kept), dtype=np.float32) if dense else np.ones(len(kept), np.float32)
+            mass = np.eye(len(kept), dtype=precision) if dense else np.ones(len(kept), precision)
         else:
-            mass = np.asarray(inverse_mass(form, key, start, terms, dense))
+            mass = np.asarray(inverse_mass(form, key, start, terms, dense), precision)
             mass = mass[np.ix_(kept, kept)] if dense else mass[kept]
         positions, steps = np.tile(start[kept], (num_chains, 1)), np.full(num_chains, 0.1, np.float32)
         return positions, np.tile(mass, (num_chains, *[1] * mass.ndim)), steps
