@@ -51,6 +51,15 @@ def test_a_search_without_progress_warns():
         nb.PartialBNN(small(), num_backbones=1).fit(X, Y, sgd_lr=30.0, sgd_epochs=20, num_samples=200, seed=0)
 
 
+@pytest.mark.filterwarnings("default::neurobayes.errors.ConvergenceWarning")
+@pytest.mark.parametrize("num_backbones", [1, 3])
+def test_training_that_diverges_to_finite_weights_warns(num_backbones):
+    model = nb.PartialBNN(small(), num_probabilistic_layers=1, num_backbones=num_backbones)
+    with pytest.warns(ConvergenceWarning, match=r"times its spread.*Lower sgd_lr") as warned:
+        model.fit(X, Y, sgd_lr=1e6, **SHORT)
+    assert any(each.filename == __file__ for each in warned if "sgd_lr" in str(each.message))
+
+
 def test_a_noise_prior_that_excludes_the_observed_error_still_starts():
     model = nb.PartialBNN(small(), num_probabilistic_layers=2, noise_prior=dist.Uniform(0.5, 1.0), num_backbones=1)
     noise = model.fit(X, Y, **SHORT).get_samples()["noise_std"] / np.std(Y)

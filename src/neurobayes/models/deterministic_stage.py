@@ -25,7 +25,7 @@ from .._threads import beside
 from .._typing import Key, Params, State
 from ..backbones import Backbones
 from ..checkpoint import Checkpoint
-from ..errors import CalibrationWarning, OptionError, UnitsWarning
+from ..errors import CalibrationWarning, ConvergenceWarning, OptionError, UnitsWarning
 from ..hoisting import hoist_network
 from ..inference.auto import Auto
 from ..inference.base import Engine
@@ -284,6 +284,20 @@ def _warn_of_units(plan: Any, state: State) -> None:
             "remembers its units.",
             UnitsWarning,
             stacklevel=5,
+        )
+
+
+def warn_of_rate(plan: Any, stage: Stage, rate: Any) -> None:
+    """Warn where training with a given step size ended far worse than the mean of the targets, if finite."""
+    if rate is None or stage.pretrained[0] is None or not plan.likelihood.num_noise(plan.prepared.num_outputs):
+        return
+    factor = float(np.max(stage.starting_noise(plan, 0) / target_scale(plan.prepared.rows)))
+    if factor**2 > 10.0:  # times the squared error of the mean
+        warnings.warn(
+            f"the trained network predicts y with an error of {factor:.3g} times its spread: training seems to have "
+            "diverged. Lower sgd_lr, or leave it out.",
+            ConvergenceWarning,
+            stacklevel=4,
         )
 
 

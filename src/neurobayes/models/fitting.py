@@ -266,6 +266,7 @@ def run(plan: Plan, key: Key, options: PretrainingOptions, sampling: Sampling, r
     key_train, key_sample, key_folds = children(key, 3)
     seed = as_seed(key_folds) if plan.warm is None else plan.warm.seed
     stage = deterministic_stage.train(plan, key_train, seed, options, report, checkpoint)
+    deterministic_stage.warn_of_rate(plan, stage, options.learning_rate)
     trained = time.perf_counter()
     members = sample_members(plan, stage, key_train, key_sample, sampling, report, checkpoint)
     prepared = plan.prepared
