@@ -373,6 +373,7 @@ def test_a_change_of_settings_recompiles_nothing(regression, trained, count_comp
     """Trap: every learning-rate change recompiles (55 s against 0.7 s)."""
     X, y = regression
     trained.predict(X)
+    train(make(swa_config={"schedule": "constant"}), regression, epochs=40)
     with count_compilations() as compiled:
         model = make(learning_rate=0.003, sigma=0.3, noise_std=0.5, seed=7)
         train(model, (X[:59], y[:59]), epochs=33).predict(X)
