@@ -1,7 +1,10 @@
-"""What models print as, and whether what they hold can be pickled."""
+"""What models print as, and that those given a function of JAX can be pickled."""
+
+import pickle
 
 import equinox as eqx
 import jax
+import numpy as np
 import numpyro.distributions as dist
 import pytest
 
@@ -42,3 +45,10 @@ def test_a_fitted_model_prints_its_size(model, mlp, regression):
 def test_backbones_print_in_a_line(model):
     assert repr(model.backbones) == "Backbones(3 members, sigmas=[1.0], num_parts=4)"
     assert len(repr(model.pretraining)) < 200
+
+
+def test_a_fitted_model_with_a_function_of_jax_can_be_pickled(regression):
+    X, y = regression
+    exact = {"num_samples": 200, "sgd_epochs": 5, "map_sigma": 1.0, "progress_bar": False, "seed": 0}
+    model = nb.PartialBNN(nb.FlaxMLP([4], 1, activation=jax.nn.silu), num_backbones=2).fit(X, y, **exact)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(model)).predict(X)[0], model.predict(X)[0])
