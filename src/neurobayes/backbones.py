@@ -122,11 +122,7 @@ def train_backbones(
     real = np.asarray(rows.real) > 0
     num_rows = int(real.sum())
     program, rates = plan_training(network, likelihood, num_rows, options, most_epochs)
-    num_parts, x = left_out.default_parts(num_rows), np.asarray(rows.x)[real]
-    repeats = left_out.repeats(x)
-    groups = left_out.whole_inputs(x) if repeats else np.arange(num_rows)
-    weights = np.zeros((num_backbones, len(real)), np.float32)
-    weights[:, real] = left_out.leave_out(groups, num_backbones, num_parts, seed)
+    weights, num_parts, whole_inputs = left_out.share_out(np.asarray(rows.x), real, num_backbones, seed)
     collect = None
     if options.averaging is not None:
         rates, collect = options.averaging.apply(rates)
@@ -138,23 +134,13 @@ def train_backbones(
     # The same initialisations for every sigma: differences are then due to sigma.
     runs = [_Run(shared, precision(sigma), groups, state, weights) for sigma in sigmas]
     ends = _train_together(runs, stops, on_progress)
-    order = sorted(range(len(runs)), key=lambda i: runs[i].best.loss)
-    best = runs[order[0]].best
-    if not np.isfinite(best.loss):
-        raise TrainingError(f"the predictions of left-out rows are never finite. {training.CAUSES}")
-    kept = order[:1]
-    if stacked:
-        gaps = {i: out_of_fold.STACKING * num_rows * shared.gap(runs[i].best, best) for i in order[1:]}
-        kept += [i for i, gap in gaps.items() if gap < NEGLIGIBLE]
+    kept = _kept(runs, num_rows, stacked)
     if options.track_statistics and stops:
         for i in kept:
             runs[i] = runs[i].repeated(np.int32(options.burn_in * runs[i].best.epoch))
     rmse = [runs[i].best.rmse for i in kept]
-    losses = np.full((len(runs), len(ends)), np.inf)
-    for row, run in zip(losses, runs, strict=True):
-        row[: len(run.losses)] = run.losses
     scales = tuple(np.inf if sigma is None else float(sigma) for sigma in sigmas)
-    search = Regularisation(scales[kept[0]], best.epoch, losses, scales, rmse[0])
+    search = _search(runs, scales, kept[0], len(ends))
     members = tuple(
         Pretrained(params, runs[i].state, {"loss": history}, statistics, finite(sigmas[i]), len(history), search)
         for i in kept
@@ -165,11 +151,31 @@ def train_backbones(
         row_weights=np.tile(weights, (len(kept), 1)),
         parts=np.repeat(np.arange(len(kept)), num_backbones),
         num_parts=num_parts,
-        whole_inputs=repeats,
+        whole_inputs=whole_inputs,
         search=search,
         epochs=ends,
         unseen_rmse=None if rmse[0] is None else np.array(rmse),
     )
+
+
+def _kept(runs: "list[_Run]", num_rows: int, stacked: bool) -> list[int]:
+    """The runs that take part, best first: the best alone, or all that are nearly as good."""
+    order = sorted(range(len(runs)), key=lambda i: runs[i].best.loss)
+    best = runs[order[0]].best
+    if not np.isfinite(best.loss):
+        raise TrainingError(f"the predictions of left-out rows are never finite. {training.CAUSES}")
+    if not stacked:
+        return order[:1]
+    gaps = {i: out_of_fold.STACKING * num_rows * runs[i].shared.gap(runs[i].best, best) for i in order[1:]}
+    return order[:1] + [i for i, gap in gaps.items() if gap < NEGLIGIBLE]
+
+
+def _search(runs: "list[_Run]", scales: tuple[float, ...], best: int, num_looks: int) -> Regularisation:
+    """What was tried and what was best; the loss of a run that ended early is infinite from there on."""
+    losses = np.full((len(runs), num_looks), np.inf)
+    for row, run in zip(losses, runs, strict=True):
+        row[: len(run.losses)] = run.losses
+    return Regularisation(scales[best], runs[best].best.epoch, losses, scales, runs[best].best.rmse)
 
 
 def compile_ahead(

@@ -5,6 +5,8 @@ together: a network that was trained on one of two repeated measurements knows
 the other, whose prediction then says nothing of new inputs.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 PARTS = 8
@@ -24,6 +26,18 @@ there will be among new ones: by rows left out one by one these are predicted as
 MAX_FOLDS = 5
 
 HASHED_ROWS = 1024
+
+
+class Shares(NamedTuple):
+    """Who is trained on what.
+
+    ``weights`` (members, rows) are one for the rows a member is trained on, zero for those it leaves out and for
+    padding; ``num_parts`` is one row in how many it leaves out; ``whole`` is whether equal inputs stay together.
+    """
+
+    weights: np.ndarray
+    num_parts: int
+    whole: bool
 
 
 def default_parts(num_rows: int) -> int:
@@ -54,6 +68,26 @@ def whole_inputs(x: np.ndarray) -> np.ndarray:
     """The number of each row's input ``(n,)``, the same for equal ones, in the order of their first appearance."""
     _, first, number = np.unique(hashes(x), return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[number]
+
+
+def share_out(
+    x: np.ndarray,
+    real: np.ndarray,
+    num_members: int,
+    seed: int,
+    num_parts: int | None = None,
+    whole: bool | None = None,
+) -> Shares:
+    """Share padded rows ``x`` (rows, …) out between backbones.
+
+    ``num_parts`` and ``whole`` follow from the rows where they are not given: by an earlier fit that is continued.
+    """
+    x = x[real > 0]
+    num_parts = default_parts(len(x)) if num_parts is None else num_parts
+    whole = repeats(x) if whole is None else whole
+    weights = np.zeros((num_members, len(real)), np.float32)
+    weights[:, real > 0] = leave_out(whole_inputs(x) if whole else np.arange(len(x)), num_members, num_parts, seed)
+    return Shares(weights, num_parts, whole)
 
 
 def leave_out(groups: np.ndarray, num_members: int, num_parts: int, seed: int) -> np.ndarray:

@@ -206,13 +206,12 @@ def _continued(plan: Any, real: np.ndarray) -> Stage:
     params = [member.source.params for member in earlier.members]
     state, weights, ensemble = earlier.members[0].source.state, real[None], earlier.ensemble
     if ensemble is not None:
-        shares = np.zeros((len(params), len(real)), np.float32)
-        count = len(params) // (int(earlier.parts.max()) + 1)
-        x = np.asarray(plan.prepared.rows.x)[real > 0]
-        groups = left_out.whole_inputs(x) if ensemble.whole_inputs else np.arange(len(x))
-        left = left_out.leave_out(groups, count, ensemble.num_parts, earlier.seed)
-        shares[:, real > 0] = np.tile(left, (len(params) // count, 1))  # the same in every part
-        weights = shares
+        num_parts = int(earlier.parts.max()) + 1
+        shares, _, _ = left_out.share_out(
+            np.asarray(plan.prepared.rows.x), real, len(params) // num_parts, earlier.seed,
+            ensemble.num_parts, ensemble.whole_inputs,
+        )  # fmt: skip
+        weights = shares = np.tile(shares, (num_parts, 1))  # the same in every part
         rmse = ensemble.unseen_rmse
         if rmse is not None:
             rmse = _unseen_rmse(plan, params, state, shares, earlier.parts)
