@@ -6,6 +6,8 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 import neurobayes as nb
 
 SCRIPT = textwrap.dedent("""
@@ -32,6 +34,7 @@ SCRIPT = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow  # seven engines are compiled in a process of its own
 def test_engines_run_in_double_precision():
     environment = {**os.environ, "JAX_ENABLE_X64": "1", "PYTHONPATH": str(pathlib.Path(nb.__file__).parents[1])}
     command = [sys.executable, "-c", SCRIPT]

@@ -121,7 +121,7 @@ def train(
     if plan.warm is not None:
         return _continued(plan, real)
     if plan.weights is not None:
-        _, state = _initial(plan.network, key, rows.x)
+        state = _initial_state(plan.network, key, rows.x)
         _warn_of_units(plan, state)
         return Stage([plan.weights], state, [None], real[None], _ONE_PART, None)
     if plan.untrained:
@@ -265,6 +265,12 @@ def state_template(network: Network, x: Any) -> State:
 @functools.partial(jax.jit, static_argnums=0)
 def _initial(network: Network, key: Key, x: Any) -> tuple[Params, State]:
     return network.init(key, x[:1])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _initial_state(network: Network, key: Key, x: Any) -> State:
+    """The state alone: random weights take a second to compile, and are not drawn for it."""
+    return network.init(key, x[:1])[1]
 
 
 def _warn_of_units(plan: Any, state: State) -> None:
