@@ -149,7 +149,7 @@ def _density(network, partition, params, state):
 
 
 @given(st.sampled_from(sorted(CASES)), st.integers(0, 2**32 - 1), st.sampled_from([0.1, 0.5, 1.0]))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_hoisted_density_is_the_plain_one_for_random_masks(name, seed, share):
     network, weights, _ = MADE[name]
     network = as_network(network)

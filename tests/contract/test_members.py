@@ -36,7 +36,7 @@ def started(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("engine", ["nuts", "mclmc"])
+@pytest.mark.parametrize("engine", ["nuts", pytest.param("mclmc", marks=pytest.mark.slow)])
 def test_draws_are_those_of_one_after_another(regression, started, monkeypatch, engine):
     together = fit(regression, engine)
     assert started == [3]

@@ -79,6 +79,7 @@ def assert_same(result, model):
             np.testing.assert_array_equal(found[name], values)
 
 
+@pytest.mark.slow
 def test_killed_twice(tmp_path, uninterrupted):
     rng = np.random.default_rng(0)
     folder, result = tmp_path / "run", tmp_path / "result.npz"

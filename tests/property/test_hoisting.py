@@ -43,7 +43,7 @@ def networks_and_partitions(draw):
 
 
 @given(networks_and_partitions(), st.floats(-1.0, 1.0, width=32))
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_split_network_is_the_network_for_random_choices(case, shift):
     network, params, state, x, partition = case
     hoisted = hoist_network(network, partition, params, state, x)
@@ -83,7 +83,7 @@ STEPS = {
     st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=8),
     st.integers(0, 9),
 )
-@settings(max_examples=30)
+@settings(max_examples=20)
 def test_split_program_is_the_program(steps, extra):
     def run(theta, x, w):
         values = [theta, x, w]

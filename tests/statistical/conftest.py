@@ -390,7 +390,7 @@ ENGINES = [
         name="mclmc",
         engine=MCLMC(),
         budget={"unknown noise": 0.1, "hidden bias": 0.1},
-        slow=ALL - {"correlated", "hidden bias"},
+        slow=ALL - {"correlated"},
     ),
     Case(name="mclmc, adjusted", engine=MCLMC(adjusted=True), slow=ALL),
     # All rows in a batch; the step size widens variances by up to a tenth, and ``test_sgmcmc`` has smaller batches.

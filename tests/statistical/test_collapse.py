@@ -158,7 +158,11 @@ def draw(engine, density, start, num_samples=60, num_chains=1, **control):
     )  # fmt: skip
 
 
-ENGINES = [NUTS(collapse=True), MCLMC(collapse=True), MCLMC(collapse=True, adjusted=True)]
+ENGINES = [
+    NUTS(collapse=True),
+    pytest.param(MCLMC(collapse=True), marks=pytest.mark.slow),
+    MCLMC(collapse=True, adjusted=True),
+]
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=["nuts", "mclmc", "mclmc, adjusted"])

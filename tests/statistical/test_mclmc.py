@@ -48,7 +48,7 @@ def test_a_tuner_that_froze_is_an_error_that_says_what_to_do(target, adjusted):
         draw(target, engine, density=density)
 
 
-@pytest.mark.parametrize("adjusted", [False, True])
+@pytest.mark.parametrize("adjusted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_resumed_run_ends_with_the_same_draws(target, adjusted, tmp_path):
     engine = MCLMC(adjusted=adjusted)
     whole = draw(target, engine, num_samples=120)

@@ -54,6 +54,7 @@ def test_larger_targets_ask_for_a_wider_prior_of_the_output_layer(problem):
     assert large > 1.5 * small
 
 
+@pytest.mark.slow
 def test_every_bayesian_leaf_has_a_scale_of_its_own(problem):
     found = learnt(problem, 1.0, bayesian=nb.last(2) - nb.biases())
     assert set(found) == {"Dense1.kernel", "Dense2.kernel"}

@@ -260,6 +260,7 @@ class TestScaleUncertainty:
         factors = [out_of_fold.scale_uncertainty(n) for n in (1, 4, 8, 32, 10_000)]
         np.testing.assert_allclose(factors, [2.0, 2.0, 2.0, 32 / 28, 10_000 / 9_996])
 
+    @pytest.mark.slow
     def test_intervals_from_few_rows_hold_as_often_as_they_say(self):
         """Coverage over many small data sets; without the factor it is less."""
         num_rows, unseen = 24, every_member_leaves_out(8, 24, 0.25)

@@ -133,6 +133,7 @@ def test_dense_head_of_a_convolution_is_rewritten_and_the_convolution_is_not():
     assert not network_case(module, images, {"Conv0.kernel", "Dense1.bias"})
 
 
+@pytest.mark.slow
 def test_head_of_a_transformer_is_rewritten_and_its_attention_is_right():
     module = nb.FlaxTransformer(vocab_size=5, max_length=4, target_dim=2, d_model=4, num_heads=2, num_layers=1)
     tokens = RNG.integers(0, 5, (6, 4)).astype(np.int32)

@@ -274,7 +274,7 @@ def test_nuts_on_a_plane_of_a_linear_model_is_the_closed_form():
 
 
 @pytest.mark.filterwarnings("ignore::neurobayes.errors.ConvergenceWarning")
-@pytest.mark.parametrize("source", ["swa", "hessian"])
+@pytest.mark.parametrize("source", [pytest.param("swa", marks=pytest.mark.slow), "hessian"])
 def test_fit_end_to_end(source):
     options = {"num_warmup": 60, "num_samples": 60, "sgd_epochs": 60, "map_sigma": 1.0, "progress_bar": False}
 
