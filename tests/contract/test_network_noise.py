@@ -362,7 +362,10 @@ def test_every_engine_draws_from_it(regression, engine, choice):
             model = nb.BNN(network, noise="network")
         else:
             model = nb.PartialBNN(network, noise="network", num_backbones=1, num_probabilistic_layers=1)
-        model.fit(X, y, engine=engine, priors_sigma=0.3 if engine == "sgmcmc" else "auto", map_sigma=1.0, **options)
+        sigma = 0.3 if engine == "sgmcmc" else "auto"
+        if engine == "sgmcmc" and choice == "all":  # its own step, by the curvature where it starts, is too large here
+            engine = nb.inference.SGMCMC(step_size=1e-3)
+        model.fit(X, y, engine=engine, priors_sigma=sigma, map_sigma=1.0, **options)
     mean, variance = model.predict(X)
     assert nb.metrics.rmse(y, mean) < 0.6 * y.std()
     assert 0.25 < np.mean((y - mean) ** 2 / variance) < 1.5  # training rows, so below one

@@ -435,7 +435,7 @@ ENGINES = [
         budget={
             "correlated": 0.3,
             "fewer rows than weights": 0.1,
-            "two outputs": 0.38,
+            "two outputs": 0.42,
             "logistic regression": 0.35,
             "counts": 0.28,
         },

@@ -257,7 +257,8 @@ class _Run:
         if not all(group.is_healthy(group.state) for group in self.groups):
             raise TrainingError(
                 f"the log density is not finite after {stage}. Likely causes: weights or inputs of extreme size, "
-                "or a noise prior that reaches zero with a network that fits every row exactly."
+                "a noise prior that reaches zero with a network that fits every row exactly, or, for engine='sgmcmc', "
+                "steps that are too large (give SGMCMC a smaller step_size, 1e-3 for instance)."
             )
 
     def _joined(self, name: str) -> np.ndarray:
