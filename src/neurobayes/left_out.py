@@ -70,6 +70,11 @@ def whole_inputs(x: np.ndarray) -> np.ndarray:
     return np.argsort(np.argsort(first))[number]
 
 
+def _groups(x: np.ndarray, whole: bool) -> np.ndarray:
+    """The numbers ``(n,)`` of what is left out together: equal inputs where they stay ``whole``, else single rows."""
+    return whole_inputs(x) if whole else np.arange(len(x))
+
+
 def share_out(
     x: np.ndarray,
     real: np.ndarray,
@@ -86,7 +91,7 @@ def share_out(
     num_parts = default_parts(len(x)) if num_parts is None else num_parts
     whole = repeats(x) if whole is None else whole
     weights = np.zeros((num_members, len(real)), np.float32)
-    weights[:, real > 0] = leave_out(whole_inputs(x) if whole else np.arange(len(x)), num_members, num_parts, seed)
+    weights[:, real > 0] = leave_out(_groups(x, whole), num_members, num_parts, seed)
     return Shares(weights, num_parts, whole)
 
 
@@ -115,10 +120,10 @@ def leave_out(groups: np.ndarray, num_members: int, num_parts: int, seed: int) -
 
 def assign_folds(x: np.ndarray, real: np.ndarray, seed: int) -> np.ndarray:
     """A fold number for each row of inputs ``x``; padding gets zero and counts in no fold."""
-    rows = np.flatnonzero(real > 0)
-    groups = whole_inputs(x[rows]) if repeats(x[rows]) else np.arange(len(rows))
+    x = x[real > 0]
+    groups = _groups(x, repeats(x))
     count = int(groups.max()) + 1
     num_folds = max(2, min(MAX_FOLDS, count))
     folds = np.zeros(len(real), np.int32)
-    folds[rows] = np.random.default_rng(seed).permutation(np.arange(count) % num_folds)[groups]
+    folds[real > 0] = np.random.default_rng(seed).permutation(np.arange(count) % num_folds)[groups]
     return folds
