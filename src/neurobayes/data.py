@@ -6,6 +6,9 @@ from typing import Any, Self
 import numpy as np
 
 from . import _checks
+from .compression import Compression
+
+_STATISTICS = ("x_mean", "x_std", "y_mean", "y_std")
 
 _CONSTANT = 1e-12
 """A column whose std is below this share of its largest magnitude varies by rounding only."""
@@ -23,6 +26,7 @@ class Scaling:
     x_mean, x_std : in the units of X, broadcast against the last axis of a row.
     y_mean, y_std : in the units of y, shape ``(d,)``, or ``(1,)`` to serve any ``d``.
     tokens : whether inputs are token ids, which pass through unscaled.
+    compression : what follows for columns with long tails; None for nothing.
     """
 
     x_mean: np.ndarray
@@ -30,9 +34,10 @@ class Scaling:
     y_mean: np.ndarray
     y_std: np.ndarray
     tokens: bool = False
+    compression: Compression | None = None
 
     def __post_init__(self) -> None:
-        for name in ("x_mean", "x_std", "y_mean", "y_std"):
+        for name in _STATISTICS:
             values = np.array(getattr(self, name), dtype=np.float64)
             values.flags.writeable = False
             object.__setattr__(self, name, values)
@@ -40,11 +45,10 @@ class Scaling:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Scaling):
             return NotImplemented
-        mine, theirs = self.to_dict(), other.to_dict()
-        return all(np.array_equal(mine[name], theirs[name]) for name in mine)
+        return self.to_dict() == other.to_dict()
 
     @classmethod
-    def fit(cls, X: np.ndarray, y: np.ndarray | None, *, tokens: bool = False, standardize: bool = True) -> Self:
+    def fit(cls, X: np.ndarray, y: np.ndarray | None, *, tokens: bool = False, standardize: bool | str = True) -> Self:
         """Statistics of training data.
 
         Parameters
@@ -53,7 +57,7 @@ class Scaling:
             over rows and all other axes; left alone if ``tokens``.
         y : targets ``(n,)`` or ``(n, d)``, scaled per output; None (class labels) for no scaling.
         tokens : whether X holds token ids.
-        standardize : False for the identity.
+        standardize : False for the identity; ``"compressed"`` compresses columns with long tails as well.
 
         Notes
         -----
@@ -63,7 +67,16 @@ class Scaling:
             return cls.identity(tokens=tokens)
         x_mean, x_std = (np.zeros(1), np.ones(1)) if tokens else _mean_std(X)
         y_mean, y_std = (np.zeros(1), np.ones(1)) if y is None else _mean_std(_columns(y))
-        return cls(x_mean, x_std, y_mean, y_std, tokens)
+        scaling = cls(x_mean, x_std, y_mean, y_std, tokens)
+        return scaling.compressed(scaling.inputs(X)) if standardize == "compressed" else scaling
+
+    def compressed(self, z: np.ndarray) -> Self:
+        """The same with long tails of the columns of ``z`` compressed, which are rows it has scaled.
+
+        The same altogether where there are none, or where rows are no vectors of numbers.
+        """
+        compression = None if self.tokens or z.ndim != 2 else Compression.fit(z)
+        return self if compression is None else dataclasses.replace(self, compression=compression)
 
     @classmethod
     def identity(cls, *, tokens: bool = False) -> Self:
@@ -79,7 +92,9 @@ class Scaling:
         """
         if self.tokens:
             return np.asarray(X, dtype=np.int32)
-        return _checks.as_float32(_standardized(X, self.x_mean, self.x_std), "X")
+        scaled = _checks.as_float32(_standardized(X, self.x_mean, self.x_std), "X")
+        # From single precision, so that it makes no difference whether it follows at once or later.
+        return scaled if self.compression is None else self.compression.apply(scaled)
 
     def targets(self, y: np.ndarray) -> np.ndarray:
         """Targets ``(n,)`` or ``(n, d)`` at unit scale, float32, shape ``(n, d)``.
@@ -99,11 +114,10 @@ class Scaling:
         return np.asarray(var, dtype=np.float64) * self.y_std * self.y_std
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain lists and a bool, exact when written as JSON."""
-        return {
-            field.name: value.tolist() if isinstance(value := getattr(self, field.name), np.ndarray) else value
-            for field in dataclasses.fields(self)
-        }
+        """The fields as plain lists and dicts, exact when written as JSON."""
+        compression = None if self.compression is None else self.compression.to_dict()
+        statistics = {name: getattr(self, name).tolist() for name in _STATISTICS}
+        return {**statistics, "tokens": self.tokens, "compression": compression}
 
 
 def _columns(y: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import neurobayes as nb
-from neurobayes import backbones, out_of_fold, schedules, training
+from neurobayes import backbone_runs, backbones, out_of_fold, schedules, training
 from neurobayes.data import pad_rows, row_weights
 from neurobayes.errors import TrainingError
 from neurobayes.likelihoods import Categorical, Gaussian
@@ -189,7 +189,7 @@ class TestOutcome:
         assert not same(fixed.members[0], other.members[0])
 
     def test_groups_need_not_be_full(self):
-        number = backbones.GROUP + 1
+        number = backbone_runs.GROUP + 1
         found = trained(rows_of(*regression()), num_backbones=number)
         assert len(found.members) == number == len(found.row_weights)
         assert len({leaves(member)[-1].tobytes() for member in found.members}) == number
@@ -232,7 +232,7 @@ class TestOutcome:
         np.testing.assert_allclose(found.unseen_rmse, [np.sqrt(expected)], rtol=1e-4)
 
     def test_rows_are_put_through_in_blocks(self, fixed, monkeypatch):
-        monkeypatch.setattr(backbones, "FORWARD_ROWS", 16)
+        monkeypatch.setattr(backbone_runs, "FORWARD_ROWS", 16)
         network = as_network(nb.FlaxMLP([9], 1))  # whose program for one block is not there yet
         x, y = regression()
         found = trained(rows_of(x, y), network=network)
@@ -304,7 +304,7 @@ class TestExtent:
         rows = rows_of(x, x.max(axis=1).astype(np.float32))
         network = as_network(nb.FlaxConvNet(1, target_dim=1, conv_layers=[2], fc_layers=[4]))
         alone = trained(rows, network=network)
-        monkeypatch.setattr(backbones, "convolves", lambda *_: False)
+        monkeypatch.setattr(backbone_runs, "convolves", lambda *_: False)
         together = trained(rows, network=network)
         for one, other in zip(alone.members, together.members, strict=True):
             for a, b in zip(leaves(one), leaves(other), strict=True):

@@ -171,7 +171,7 @@ def prepare(
     y: Any,
     *,
     num_classes: int | None,
-    standardize: bool,
+    standardize: bool | str,
     outputs_per_target: int = 1,
     scaling: Scaling | None = None,
     earlier: tuple[int, int] | None = None,
@@ -179,8 +179,8 @@ def prepare(
 ) -> Prepared:
     """Check training data, scale it, and pad its rows.
 
-    ``scaling`` is that of given weights; None fits one, or the identity with ``standardize=False``. ``earlier`` has
-    the rows of an earlier fit and its padded size, ``room_for`` the most rows that later ones will have.
+    ``scaling`` is that of given weights; None fits one as ``standardize`` says (True, False or "compressed").
+    ``earlier`` has the rows of an earlier fit and its padded size, ``room_for`` the most that later ones will have.
     ``outputs_per_target`` is that of the likelihood.
     """
     spec = network.input_spec
@@ -204,6 +204,23 @@ def prepare(
     rows = Rows(data.pad_rows(scaled_x, size), data.pad_rows(scaled_y, size), data.row_weights(len(inputs), size))
     return Prepared(jax.device_put(rows), scaling, inputs.shape[1:], len(inputs), num_targets, targets.ndim,
                     _checks.column_names(X))  # fmt: skip
+
+
+def check_standardize(value: Any, allowed: tuple[bool | str, ...]) -> Any:
+    """``value``, if it is one of the ``allowed``."""
+    if value not in allowed:
+        raise OptionError(f"standardize must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+    return value
+
+
+def compressed(prepared: Prepared) -> Prepared | None:
+    """The same data with long tails of standardised columns compressed; None where there are none, or no columns."""
+    x = np.asarray(prepared.rows.x)
+    scaling = prepared.scaling.compressed(x[: prepared.num_rows])
+    if scaling.compression is None:
+        return None
+    rows = prepared.rows._replace(x=jax.device_put(scaling.compression.apply(x)))
+    return prepared._replace(rows=rows, scaling=scaling)
 
 
 def check_rows(X: Any, network: Network, columns: tuple[str, ...] | None, row_shape: tuple[int, ...]) -> None:

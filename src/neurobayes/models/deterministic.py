@@ -22,6 +22,7 @@ from .base import (
     TrainedParams,
     as_user_network,
     check_rows,
+    check_standardize,
     constructor_text,
     network_info,
     output_width,
@@ -99,7 +100,8 @@ class DeterministicNN:
     noise : ``"constant"``: that noise; ``"network"``: of ``2 d`` outputs for a target of ``d`` columns the last ``d``
         are the logarithms of the noise standard deviations, in working units, and ``noise_std`` has no part; the
         weights are then for ``PartialBNN(network, noise="network")``. ``predict`` gives the means.
-    standardize : scale inputs and targets inside; predictions come back in the user's units.
+    standardize : scale inputs and targets inside; predictions come back in the user's units. ``"compressed"``:
+        columns of a table with long tails are compressed as well, see ``PartialBNN``.
     seed, rng_key : source of all randomness; give one.
 
     Raises
@@ -129,7 +131,7 @@ class DeterministicNN:
         *,
         noise_std: float = 1.0,
         noise: str = "constant",
-        standardize: bool = True,
+        standardize: bool | str = True,
         seed: int | None = None,
         rng_key: Any = None,
     ):
@@ -142,7 +144,7 @@ class DeterministicNN:
         self.optimizer = optimizer
         self.noise_std = noise_std
         self.noise = noise
-        self.standardize = standardize
+        self.standardize = check_standardize(standardize, (True, False, "compressed"))
         self.seed = seed
         self.rng_key = rng_key
         shape = (input_shape,) if isinstance(input_shape, int) else tuple(input_shape)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from .. import (
+    backbone_runs,
     backbones,
     left_out,
     linearity,
@@ -42,7 +43,7 @@ from ..pretraining import (
     pretrain,
 )
 from . import resuming
-from .base import abstract_key
+from .base import Prepared, abstract_key, compressed
 from .choosing import resolve_untrained
 from .progress import Report
 
@@ -80,7 +81,7 @@ class Stage(NamedTuple):
     """Trained networks with the rows each was trained on.
 
     ``row_weights`` is (members, rows), zero for padding; ``parts`` (members,) which of them share a prior scale;
-    ``ensemble`` is None for a single network.
+    ``ensemble`` is None for a single network; ``prepared`` is the data as the networks take it.
     """
 
     params: list[Params]
@@ -89,6 +90,7 @@ class Stage(NamedTuple):
     row_weights: np.ndarray
     parts: np.ndarray
     ensemble: Backbones | None
+    prepared: Prepared
 
     def starting_noise(self, plan: Any, member: int) -> np.ndarray:
         """Error of a trained network, ``(outputs,)``: on unseen rows where it was measured, else on training rows.
@@ -123,10 +125,10 @@ def train(
     if plan.weights is not None:
         state = _initial_state(plan.network, key, rows.x)
         _warn_of_units(plan, state)
-        return Stage([plan.weights], state, [None], real[None], _ONE_PART, None)
+        return Stage([plan.weights], state, [None], real[None], _ONE_PART, None, plan.prepared)
     if plan.untrained:
         params, state = _initial(plan.network, key, rows.x)
-        return Stage([params], state, [None], real[None], _ONE_PART, None)
+        return Stage([params], state, [None], real[None], _ONE_PART, None, plan.prepared)
     burn_in = 0.5 if plan.select_config is None else plan.select_config.burn_in
     options = dataclasses.replace(options, track_statistics=plan.needs_statistics, burn_in=burn_in)
     if plan.num_backbones > 1:
@@ -143,7 +145,7 @@ def train(
         )  # fmt: skip
         if checkpoint is not None:
             resuming.save_trained(checkpoint, pretrained)
-    return Stage([pretrained.params], pretrained.state, [pretrained], real[None], _ONE_PART, None)
+    return Stage([pretrained.params], pretrained.state, [pretrained], real[None], _ONE_PART, None, plan.prepared)
 
 
 def compile_ahead(plan: Any, key: Key, options: PretrainingOptions) -> bool:
@@ -169,8 +171,8 @@ def compile_ahead(plan: Any, key: Key, options: PretrainingOptions) -> bool:
 
 
 def _ensemble(plan, key, seed, options, report, checkpoint) -> Stage:
-    rows = plan.prepared.rows
-    ensemble = None
+    rows, ensemble = plan.prepared.rows, None
+    other = compressed(plan.prepared) if plan.may_compress else None
     if checkpoint is not None:
         ensemble = resuming.load_backbones(
             checkpoint, plan.template, state_template(plan.network, plan.prepared.rows.x)
@@ -179,14 +181,16 @@ def _ensemble(plan, key, seed, options, report, checkpoint) -> Stage:
         ensemble = backbones.train_backbones(
             plan.network, plan.likelihood, key, rows, _assumed_noise(plan), options, plan.num_backbones,
             stacked=plan.exact is not None, seed=seed, most_epochs=min(backbones.MOST_EPOCHS, _longest(plan, options)),
-            on_progress=_reporter(report),
+            on_progress=_reporter(report), compressed=None if other is None else other.rows.x,
         )  # fmt: skip
         if checkpoint is not None:
             resuming.save_backbones(checkpoint, ensemble)
     members = list(ensemble.members)
+    prepared = plan.prepared if other is None or not ensemble.compressed else other
     return Stage(
-        [m.params for m in members], members[0].state, list(members), ensemble.row_weights, ensemble.parts, ensemble
-    )
+        [m.params for m in members], members[0].state, list(members), ensemble.row_weights, ensemble.parts, ensemble,
+        prepared,
+    )  # fmt: skip
 
 
 def _continued(plan: Any, real: np.ndarray) -> Stage:
@@ -216,7 +220,7 @@ def _continued(plan: Any, real: np.ndarray) -> Stage:
         if rmse is not None:
             rmse = _unseen_rmse(plan, params, state, shares, earlier.parts)
         ensemble = dataclasses.replace(ensemble, row_weights=shares, unseen_rmse=rmse)
-    return Stage(params, state, [None] * len(params), weights, earlier.parts, ensemble)
+    return Stage(params, state, [None] * len(params), weights, earlier.parts, ensemble, plan.prepared)
 
 
 def training_row_hashes(prepared: Any) -> np.ndarray:
@@ -358,7 +362,7 @@ def how_many(network: Network, prepared: Any, wanted: int | str, bayesian: Bayes
     steps = -(-prepared.num_rows // (default_batch_size(prepared.num_rows, None) or prepared.num_rows))
     work = epoch_work(network, prepared) * default_epochs(steps, backbones.MOST_EPOCHS) * _SCALES
     affordable = MOST_WORK / max(1.0, work)
-    step, most = backbones.GROUP, SMALL_BACKBONES if prepared.num_rows < SMALL_ROWS else EXACT_BACKBONES
+    step, most = backbone_runs.GROUP, SMALL_BACKBONES if prepared.num_rows < SMALL_ROWS else EXACT_BACKBONES
     count = np.clip(step * math.floor(affordable / step), SAMPLED_BACKBONES, most)
     return min(int(count), prepared.num_rows)
 

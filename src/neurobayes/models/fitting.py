@@ -99,6 +99,7 @@ class Plan:
     exact: Partition | None
     from_inputs: bool
     noise_varies: bool
+    may_compress: bool = False
     untrained: bool = False
     warm: Fitted | None = None
 
@@ -189,6 +190,7 @@ def make_plan(
         exact=bayesian.exact,
         from_inputs=bayesian.from_inputs,
         noise_varies=noise == "varying",
+        may_compress=standardize == "auto" and not single,
         untrained=untrained,
         warm=previous if warm else None,
     )
@@ -266,6 +268,7 @@ def run(plan: Plan, key: Key, options: PretrainingOptions, sampling: Sampling, r
     key_train, key_sample, key_folds = children(key, 3)
     seed = as_seed(key_folds) if plan.warm is None else plan.warm.seed
     stage = deterministic_stage.train(plan, key_train, seed, options, report, checkpoint)
+    plan = dataclasses.replace(plan, prepared=stage.prepared)
     deterministic_stage.warn_of_rate(plan, stage, options.learning_rate)
     trained = time.perf_counter()
     members = sample_members(plan, stage, key_train, key_sample, sampling, report, checkpoint)
@@ -314,7 +317,7 @@ def _prepare(
         standardize = given is None
     else:
         known = None
-    return prepare(network, X, y, standardize=bool(standardize), scaling=known, earlier=earlier, **layout)
+    return prepare(network, X, y, standardize=standardize, scaling=known, earlier=earlier, **layout)
 
 
 def _compile_ahead(plan: Plan, key: Key, options: PretrainingOptions) -> None:

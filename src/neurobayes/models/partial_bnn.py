@@ -18,7 +18,7 @@ from ..pretraining import Pretrained
 from ..schedules import LearningRate
 from ..subspaces import RandomPart
 from . import deterministic_stage, fitting
-from .base import as_user_network
+from .base import as_user_network, check_standardize
 from .fitting import Fitted
 from .noise import check_noise
 from .predicting import Predicting, check_calibration
@@ -53,7 +53,9 @@ class PartialBNN(Predicting):
         the target when standardised); half-normal of scale one by default.
     prior_mean : centre of the weights' prior: ``"map"``, their trained values, or ``"zero"``. Centring at the
         trained values uses the data twice and makes intervals narrower than the posterior of an untrained prior.
-    standardize : scale inputs and targets inside. ``"auto"``: yes, except that given weights decide by their own
+    standardize : scale inputs and targets inside. ``"compressed"``: columns of a table with long tails (a skewness
+        above 1 or an excess kurtosis above 3) are compressed as well, by an inverse hyperbolic sine. ``"auto"``: scale,
+        and compress where the left-out rows of several backbones ask for it; but given weights decide by their own
         units, and plain arrays are taken to work in the user's.
     num_backbones : how many networks are trained, each without an eighth of the rows (a quarter of less than 600).
         ``"auto"``: 16 where the posterior of the Bayesian part is exact (32 for less than 128 rows, fewer for costly
@@ -128,8 +130,7 @@ class PartialBNN(Predicting):
             _checks.check_positive_int("num_classes", num_classes, minimum=2)
         check_noise(noise, num_classes, noise_prior)
         _checks.check_one_of("prior_mean", prior_mean, ("map", "zero"))
-        if standardize not in (True, False, "auto"):
-            raise OptionError(f"standardize must be True, False or 'auto', got {standardize!r}.")
+        check_standardize(standardize, (True, False, "auto", "compressed"))
         self._choice = selectors.from_keywords(
             num_probabilistic_layers, probabilistic_layer_names, probabilistic_neurons, bayesian
         )

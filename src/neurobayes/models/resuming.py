@@ -37,8 +37,8 @@ def run_identity(plan: Any, key: Key, options: PretrainingOptions, sampling: Any
         prepared.rows, prepared.scaling.to_dict(), plan.weights, _density_values(plan.noise_prior),
         type(plan.noise_prior).__name__, sorted(trees.shapes(plan.template).items()), _computation(plan),
         plan.noise_is_default, plan.choice, plan.select_config, plan.prior_mean, repr(plan.priors_sigma),
-        plan.learns_prior, repr(plain), plan.num_backbones, _rate(options.learning_rate), repr(sampling.engine),
-        sampling.num_warmup, sampling.num_chains, key,
+        plan.learns_prior, plan.may_compress, repr(plain), plan.num_backbones, _rate(options.learning_rate),
+        repr(sampling.engine), sampling.num_warmup, sampling.num_chains, key,
         None if warm is None else [(_choice_made(m.source.partition), m.posterior.adaptation) for m in warm.members],
     )  # fmt: skip
 
@@ -144,7 +144,7 @@ def save_backbones(checkpoint: Checkpoint, ensemble: Backbones) -> None:
     arrays = {"row_weights": ensemble.row_weights, "parts": ensemble.parts, "epochs": ensemble.epochs}
     if ensemble.unseen_rmse is not None:
         arrays["unseen_rmse"] = ensemble.unseen_rmse
-    facts = {"num_parts": ensemble.num_parts, "whole_inputs": ensemble.whole_inputs}
+    facts = {name: getattr(ensemble, name) for name in ("num_parts", "whole_inputs", "compressed")}
     checkpoint.keep(_ENSEMBLE, arrays, num_members=len(ensemble.members), **facts)
 
 
@@ -162,5 +162,5 @@ def load_backbones(checkpoint: Checkpoint, template: Params, state_template: Sta
     assert search is not None  # it is kept with every member
     return Backbones(
         members, arrays["row_weights"], arrays["parts"], facts["num_parts"], facts["whole_inputs"], search,
-        arrays["epochs"], arrays.get("unseen_rmse"),
+        arrays["epochs"], arrays.get("unseen_rmse"), facts["compressed"],
     )  # fmt: skip
