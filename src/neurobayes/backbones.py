@@ -10,6 +10,7 @@ uncertainty estimation using deep ensembles", arXiv:1612.01474.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -119,8 +120,7 @@ def train_backbones(
     runs = [Run(shared, sigma, groups, state, weights) for sigma in sigmas]
     rounds = 1 if compressed is None else 2
     ends = train_together(runs, stops, _in_round(on_progress, 0, rounds))
-    kept = _kept(runs, stacked)
-    others = None
+    kept, others = _kept(runs, stacked), None
     if compressed is not None:
         others = _better_with(compressed, kept, stops, _in_round(on_progress, 1, rounds))
     if others is not None:
@@ -129,13 +129,8 @@ def train_backbones(
     if options.track_statistics and stops:
         kept = [run.repeated(np.int32(options.burn_in * run.best.epoch)) for run in kept]
     rmse = [run.best.rmse for run in kept]
-    members = tuple(
-        Pretrained(params, run.state, {"loss": history}, statistics, finite(run.sigma), len(history), search)
-        for run in kept
-        for params, statistics, history in run.members()
-    )
     return Backbones(
-        members=members,
+        members=tuple(itertools.chain.from_iterable(_members(run, search) for run in kept)),
         row_weights=np.tile(weights, (len(kept), 1)),
         parts=np.repeat(np.arange(len(kept)), num_backbones),
         num_parts=num_parts,
@@ -145,6 +140,14 @@ def train_backbones(
         unseen_rmse=None if rmse[0] is None else np.array(rmse),
         compressed=others is not None,
     )
+
+
+def _members(run: Run, search: Regularisation) -> list[Pretrained]:
+    """The networks of a run, each with its own history."""
+    return [
+        Pretrained(params, run.state, {"loss": history}, statistics, finite(run.sigma), len(history), search)
+        for params, statistics, history in run.members()
+    ]
 
 
 def _better_with(x: Array, runs: list[Run], stops: bool, on_progress) -> list[Run] | None:
