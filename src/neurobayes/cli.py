@@ -39,6 +39,7 @@ class Problem:
     target_name: str
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    feature_names: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +108,7 @@ def demo_problem(task: str | None, dataset: str | None) -> Problem:
         y_test=data.y[test],
         index={"row": test.tolist()},
         target_name=data.target_name,
+        feature_names=data.feature_names,
         class_names=data.class_names,
     )
 
@@ -142,7 +144,16 @@ def csv_problem(
     if len(y_train) < 2:
         raise errors.DataError(f"{path} leaves {len(y_train)} row to train on. At least 2 are needed.")
     return Problem(
-        path.name, X_train, y_train, X_test, y_test, {"line": lines}, target, encoding.classes, encoding.notes
+        path.name,
+        X_train,
+        y_train,
+        X_test,
+        y_test,
+        {"line": lines},
+        target,
+        encoding.classes,
+        encoding.notes,
+        encoding.feature_names,
     )
 
 
@@ -176,6 +187,9 @@ def run(problem: Problem, options: Options) -> None:
     console.print(report.score_table(result.scores, title=title))
     if noise is not None:
         console.print(Text(f"Constant noise: std {noise['std']:.4g}, from {noise['from']}."), soft_wrap=True)
+    if details["compressed_columns"]:
+        names = ", ".join(details["compressed_columns"])
+        console.print(Text(f"Left-out rows asked for long tails to be compressed: {names}."), soft_wrap=True)
     share = f"{details['num_bayesian_weights']:,} of {details['num_weights']:,} weights are Bayesian"
     files = ", ".join(("predictions.csv", "metrics.json", *(result.figures if options.figures else ())))
     for line in (f"Fitted in {seconds:.1f} s; {share}; {details['diagnostics']}", f"Written to {options.out}: {files}"):
@@ -193,12 +207,22 @@ def _details(model: Any, problem: Problem, options: Options) -> dict[str, Any]:
         "num_test": len(problem.y_test),
         "hidden": list(options.hidden),
         "seed": options.seed,
+        "compressed_columns": _compressed_columns(model, problem),
         "num_bayesian_weights": int(model.num_bayesian_weights),
         "num_weights": sum(mask.size for mask in model.partition.masks().values()),
         "diagnostics_ok": bool(diagnostics.ok),
         "diagnostics": diagnostics.verdict,
         "neurobayes": __version__,
     }
+
+
+def _compressed_columns(model: Any, problem: Problem) -> list[str]:
+    """Names of the columns whose long tails the model compresses."""
+    compression = model.scaling.compression
+    if compression is None:
+        return []
+    names = problem.feature_names or [f"column {i + 1}" for i in range(len(compression.columns))]
+    return [name for name, is_compressed in zip(names, compression.columns, strict=True) if is_compressed]
 
 
 def _new_model(problem: Problem, options: Options) -> Any:

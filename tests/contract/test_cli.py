@@ -103,6 +103,7 @@ def test_demo_scores_follow_from_the_predictions_and_beat_the_mean(regression_de
     assert scores["coverage"] == pytest.approx(inside.mean())
     assert scores["rmse"] < read["measured"].std()
     assert (content["num_train"], content["num_test"]) == (350, 92)
+    assert content["compressed_columns"] == []  # diabetes has columns without long tails
     assert content["num_bayesian_weights"] == 17 and content["num_weights"] == 3329
     assert content["diagnostics"] and content["fit_seconds"] > 0 and content["constant_noise"]["std"] > 0
 
@@ -152,6 +153,19 @@ def test_fit_with_a_test_file_and_named_layers_is_reproducible(tmp_path):
     assert first == (tmp_path / "second" / "predictions.csv").read_bytes()
     assert [row["line"] for row in read_csv(tmp_path / "first" / "predictions.csv")] == [str(i) for i in range(2, 11)]
     assert {path.name for path in (tmp_path / "first").iterdir()} == {"predictions.csv", "metrics.json"}
+
+
+def test_fit_names_the_columns_it_compresses(tmp_path):
+    logarithms = np.random.default_rng(0).normal(size=(120, 2))
+    rows = np.column_stack([np.exp(4.0 * logarithms), np.sin(logarithms[:, 0]) + logarithms[:, 1]])
+    lines = [",".join(map(str, row)) for row in np.insert(rows, 1, np.linspace(0, 1, 120), axis=1)]
+    (tmp_path / "data.csv").write_text("\n".join(["dose,time,salt,y", *lines]))
+    options = ("--target", "y", "--no-figures", "--hidden", "16,16", "--num-samples", 64)
+    result = invoke("fit", tmp_path / "data.csv", "--out", tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    assert "Left-out rows asked for long tails to be compressed: dose, salt." in result.stdout
+    content = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert content["compressed_columns"] == ["dose", "salt"]
 
 
 def test_fit_recognises_classes_by_their_names(tmp_path):

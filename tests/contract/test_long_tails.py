@@ -166,7 +166,7 @@ def test_asked_for_where_there_is_one_network(kind, data, quick):
         model = nb.DeterministicNN(NETWORK, 3, standardize="compressed").train(X, y, epochs=20, progress_bar=False)
         scaling = model.scaling
         partial = nb.PartialBNN(NETWORK, deterministic_weights=model).fit(X, y, num_samples=16, progress_bar=False)
-        assert partial._fitted.scaling == scaling  # weights remember their units
+        assert partial.scaling == scaling  # weights remember their units
     else:
         make = {
             "one": lambda **k: nb.PartialBNN(NETWORK, num_backbones=1, **k),
@@ -174,8 +174,8 @@ def test_asked_for_where_there_is_one_network(kind, data, quick):
         }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            scaling = make[kind](standardize="compressed").fit(X, y, **quick)._fitted.scaling
-            assert make[kind]().fit(X, y, **quick)._fitted.scaling.compression is None  # no left-out rows to ask
+            scaling = make[kind](standardize="compressed").fit(X, y, **quick).scaling
+            assert make[kind]().fit(X, y, **quick).scaling.compression is None  # no left-out rows to ask
     np.testing.assert_array_equal(scaling.compression.columns, [True, True, True])
 
 

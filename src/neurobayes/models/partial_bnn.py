@@ -9,6 +9,7 @@ import numpy as np
 
 from .. import _checks, selectors
 from ..backbones import Backbones
+from ..data import Scaling
 from ..diagnostics import Diagnostics, LeafDiagnostics, by_leaf
 from ..errors import ConvergenceError, ConvergenceWarning, OptionError
 from ..inference.base import Engine
@@ -320,6 +321,11 @@ class PartialBNN(Predicting):
         if fitted.ensemble is not None:
             unseen = None if fitted.ensemble.unseen_rmse is None else fitted.ensemble.unseen_rmse[0]
         return None if unseen is None else unseen * fitted.scaling.y_std
+
+    @property
+    def scaling(self) -> Scaling:
+        """How inputs and targets are standardised, and which columns are compressed (``compression``)."""
+        return self._require_fitted().scaling
 
     def layer_context(self):
         """The architecture, its input shape and its partition where known, for the table of layers."""
