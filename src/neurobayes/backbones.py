@@ -83,6 +83,7 @@ def train_backbones(
     *,
     stacked: bool,
     seed: int,
+    groups: np.ndarray | None = None,
     most_epochs: int = MOST_EPOCHS,
     compressed: Array | None = None,
     on_progress: Callable[[int, int, float], None] | None = None,
@@ -95,6 +96,7 @@ def train_backbones(
     noise_std : (outputs,) the noise the training objective assumes, working units.
     stacked : keep backbones of other prior scales that predict left-out rows nearly as well, as further parts.
     seed : decides which rows each backbone leaves out.
+    groups : (rows without padding,) numbers of what is left out together; None for no such wish.
     most_epochs : of a run whose length is not given.
     compressed : the rows' inputs once more, which are taken instead where left-out rows show that they are better.
     on_progress : called with (epochs done, of how many, loss on left-out rows).
@@ -107,17 +109,19 @@ def train_backbones(
     real = np.asarray(rows.real) > 0
     num_rows = int(real.sum())
     program, rates = plan_training(network, likelihood, num_rows, options, most_epochs)
-    weights, num_parts, whole_inputs = left_out.share_out(np.asarray(rows.x), real, num_backbones, seed)
+    weights, num_parts, whole_inputs = left_out.share_out(
+        np.asarray(rows.x), real, num_backbones, seed, groups=groups
+    )  # fmt: skip
     collect = None
     if options.averaging is not None:
         rates, collect = options.averaging.apply(rates)
     shared = Shared(program, rows, real, np.asarray(noise_std, np.float32), np.int32(options.burn_in * len(rates)),
                      rates, collect, num_backbones)  # fmt: skip
     stops = collect is None and (options.epochs is None or options.sigma == "auto")
-    groups, state = start(shared, children(key, num_backbones), weights)
+    started, state = start(shared, children(key, num_backbones), weights)
     sigmas = SIGMA_GRID if isinstance(options.sigma, str) else (options.sigma,)
     # The same initialisations for every sigma: differences are then due to sigma.
-    runs = [Run(shared, sigma, groups, state, weights) for sigma in sigmas]
+    runs = [Run(shared, sigma, started, state, weights) for sigma in sigmas]
     rounds = 1 if compressed is None else 2
     ends = train_together(runs, stops, _in_round(on_progress, 0, rounds))
     kept, others = _kept(runs, stacked), None

@@ -2,12 +2,15 @@
 
 Where many rows repeat the inputs of others, those with the same inputs stay
 together: a network that was trained on one of two repeated measurements knows
-the other, whose prediction then says nothing of new inputs.
+the other, whose prediction then says nothing of new inputs. The user may say
+what else belongs together: batches, samples, families.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from .errors import DataError
 
 PARTS = 8
 """A backbone leaves out one row in this many: enough to be judged by, and few enough to learn nearly all there is."""
@@ -66,8 +69,41 @@ def repeats(x: np.ndarray) -> bool:
 
 def whole_inputs(x: np.ndarray) -> np.ndarray:
     """The number of each row's input ``(n,)``, the same for equal ones, in the order of their first appearance."""
-    _, first, number = np.unique(hashes(x), return_index=True, return_inverse=True)
+    return _numbered(hashes(x))
+
+
+def as_groups(groups: Any, num_rows: int) -> np.ndarray:
+    """The number of each row's group ``(n,)``, in the order of their first appearance.
+
+    Raises
+    ------
+    DataError : ``groups`` are not one label for each row, some is missing, or all are the same.
+    """
+    labels = np.asarray(groups)
+    fix = "Give the name or number of each row's group, in the order of the rows."
+    if labels.shape != (num_rows,):
+        raise DataError(f"groups has shape {labels.shape} and X has {num_rows} rows. {fix}")
+    missing = [label is None or label != label for label in labels.tolist()]
+    if any(missing):
+        raise DataError(f"groups has no label for row {missing.index(True)}. {fix}")
+    try:
+        numbers = _numbered(labels)
+    except TypeError:
+        raise DataError(f"groups mixes labels of several kinds, which cannot be compared. {fix}") from None
+    if numbers.max() == 0:
+        raise DataError("groups has one group only, and what is left out must be new. Leave groups out, or give more.")
+    return numbers
+
+
+def _numbered(values: np.ndarray) -> np.ndarray:
+    """The number of each value, in the order of their first appearance."""
+    _, first, number = np.unique(values, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[number]
+
+
+def num_groups(x: np.ndarray, whole: bool, groups: np.ndarray | None) -> int:
+    """How many groups of rows ``x`` (n, …) are left out as wholes: those given, equal inputs, or single rows."""
+    return int((_groups(x, whole) if groups is None else groups).max()) + 1
 
 
 def _groups(x: np.ndarray, whole: bool) -> np.ndarray:
@@ -82,16 +118,20 @@ def share_out(
     seed: int,
     num_parts: int | None = None,
     whole: bool | None = None,
+    groups: np.ndarray | None = None,
 ) -> Shares:
     """Share padded rows ``x`` (rows, …) out between backbones.
 
     ``num_parts`` and ``whole`` follow from the rows where they are not given: by an earlier fit that is continued.
+    ``groups`` (rows without padding,) are numbers of what the user wants to stay together.
     """
     x = x[real > 0]
-    num_parts = default_parts(len(x)) if num_parts is None else num_parts
-    whole = repeats(x) if whole is None else whole
+    whole = (groups is None and repeats(x)) if whole is None else whole
+    groups = _groups(x, whole) if groups is None else groups
+    if num_parts is None:
+        num_parts = min(default_parts(len(x)), int(groups.max()) + 1)
     weights = np.zeros((num_members, len(real)), np.float32)
-    weights[:, real > 0] = leave_out(_groups(x, whole), num_members, num_parts, seed)
+    weights[:, real > 0] = leave_out(groups, num_members, num_parts, seed)
     return Shares(weights, num_parts, whole)
 
 
@@ -118,10 +158,13 @@ def leave_out(groups: np.ndarray, num_members: int, num_parts: int, seed: int) -
     return weights[:, groups]
 
 
-def assign_folds(x: np.ndarray, real: np.ndarray, seed: int) -> np.ndarray:
-    """A fold number for each row of inputs ``x``; padding gets zero and counts in no fold."""
+def assign_folds(x: np.ndarray, real: np.ndarray, seed: int, groups: np.ndarray | None = None) -> np.ndarray:
+    """A fold number for each row of inputs ``x``; padding gets zero and counts in no fold.
+
+    ``groups`` are as for ``share_out``.
+    """
     x = x[real > 0]
-    groups = _groups(x, repeats(x))
+    groups = _groups(x, repeats(x)) if groups is None else groups
     count = int(groups.max()) + 1
     num_folds = max(2, min(MAX_FOLDS, count))
     folds = np.zeros(len(real), np.int32)

@@ -52,7 +52,8 @@ likelihood rises without end as the temperature falls, and the first wrong row w
 SCALE_PARAMETERS = 4
 """Numbers that are as good as fitted to the errors besides the mean: the factor, the noise, and the prior scale and
 epoch that were best. A variance that ``n`` errors show is, for a new row, larger by ``n / (n - 4)``: that of the
-Student's t which is the predictive distribution of a normal with unknown scale."""
+Student's t which is the predictive distribution of a normal with unknown scale. Errors of rows that are left out
+together go together, so there ``n`` is the number of groups."""
 
 STACKING = 0.5
 """Parts are weighed by their likelihood of left-out rows to this power: the rows are predicted from much the same data,
@@ -149,9 +150,9 @@ def ensemble_log_loss(
     return -float(_log_score(squared, total).mean())
 
 
-def scale_uncertainty(num_rows: int) -> float:
-    """Factor on a variance that was fitted to ``num_rows`` errors; no more than two, however few they are."""
-    return num_rows / max(num_rows - SCALE_PARAMETERS, 0.5 * num_rows)
+def scale_uncertainty(num_errors: int) -> float:
+    """Factor on a variance that was fitted to so many independent errors; no more than two, however few they are."""
+    return num_errors / max(num_errors - SCALE_PARAMETERS, 0.5 * num_errors)
 
 
 def ensemble_probabilities(probabilities: np.ndarray, unseen: np.ndarray) -> np.ndarray:
@@ -173,6 +174,7 @@ def calibrate_variance(
     y: np.ndarray,
     x: np.ndarray | None = None,
     noise: np.ndarray | None = None,
+    num_groups: int | None = None,
 ) -> OutOfFold:
     """The factors and noise with which the intervals of left-out rows are most likely, and the weights of the parts.
 
@@ -184,24 +186,26 @@ def calibrate_variance(
     y : (n, outputs) targets, working units.
     x : (n, …) inputs, for noise that may vary with them; None for constant noise.
     noise : (members, n, outputs) noise variance of every row, where the members give it; ``x`` is then None.
+    num_groups : how many groups of rows were left out as wholes; None if each row is one.
     """
+    num_groups = len(y) if num_groups is None else num_groups
     columns = None if x is None else Standard.of(table(x))
     values = None if columns is None or x is None else columns(table(x))
     found = [
         _calibrate_part(
             mean[parts == p], variance[parts == p], unseen[parts == p], y, values,
-            None if noise is None else noise[parts == p],
+            None if noise is None else noise[parts == p], num_groups,
         )
         for p in np.unique(parts)
     ]  # fmt: skip
     scores = np.array([part.log_score for part in found])
-    weights = scipy.special.softmax(STACKING * len(y) * scores)
+    weights = scipy.special.softmax(STACKING * num_groups * scores)
     centres, totals = np.stack([part.centre for part in found]), np.stack([part.total for part in found])
     centre = np.tensordot(weights, centres, 1)
     total = np.tensordot(weights, totals + (centres - centre) ** 2, 1)
     squared = (centre - y) ** 2
     score = scores[0] if len(found) == 1 else np.mean(_log_score(squared, total))
-    fitted = np.sqrt(total / scale_uncertainty(len(y)))
+    fitted = np.sqrt(total / scale_uncertainty(num_groups))
     tail = np.array([_fit_tail(z) for z in ((y - centre) / fitted).T])
     return OutOfFold(
         weights, np.stack([part.factor for part in found]), np.stack([part.noise_var for part in found]), None,
@@ -231,6 +235,7 @@ def _calibrate_part(
     y: np.ndarray,
     columns: np.ndarray | None,
     noise: np.ndarray | None,
+    num_groups: int,
 ) -> _Part:
     """One part; ``columns`` (n, k) are what its noise depends on besides its prediction, None for constant noise.
 
@@ -250,7 +255,7 @@ def _calibrate_part(
         fits.append(_fit_output(epistemic[:, i], squared[:, i], (centre - y)[:, i], features, shapes[:, i]))
         changes.append(shapes[:, i] * np.exp(features @ fits[i][2]))
     factor, noise_var, coefficients = (np.array(found) for found in zip(*fits, strict=True))
-    factor, noise_var = factor * scale_uncertainty(num_rows), noise_var * scale_uncertainty(num_rows)
+    factor, noise_var = factor * scale_uncertainty(num_groups), noise_var * scale_uncertainty(num_groups)
     total = factor * epistemic + noise_var * np.stack(changes, axis=1)
     mse = ensemble_error(mean, unseen, y, num_members)
     score = float(_log_score(squared, total).mean())
@@ -326,7 +331,9 @@ def temper(probabilities: np.ndarray, temperature: float) -> np.ndarray:
     return scipy.special.softmax(logs, axis=-1)
 
 
-def calibrate_temperature(probabilities: np.ndarray, unseen: np.ndarray, labels: np.ndarray) -> OutOfFold:
+def calibrate_temperature(
+    probabilities: np.ndarray, unseen: np.ndarray, labels: np.ndarray, num_groups: int | None = None
+) -> OutOfFold:
     """The temperature that is most probable given the labels of left-out rows, and a prior about one.
 
     Parameters
@@ -334,16 +341,18 @@ def calibrate_temperature(probabilities: np.ndarray, unseen: np.ndarray, labels:
     probabilities : (members, n, classes) predictions of every row by every member.
     unseen : (members, n).
     labels : (n,) integers.
+    num_groups : as for ``calibrate_variance``.
     """
     import scipy.optimize  # a tenth of a second, which most fits need not wait for
 
     left_out = ensemble_probabilities(probabilities, unseen)
+    num_groups = len(labels) if num_groups is None else num_groups
 
     def loss(log_temperature: float) -> float:
         return log_loss(temper(left_out, float(np.exp(log_temperature))), labels)
 
     def objective(log_temperature: float) -> float:
-        return loss(log_temperature) + 0.5 * (log_temperature / TEMPERATURE_SPREAD) ** 2 / len(labels)
+        return loss(log_temperature) + 0.5 * (log_temperature / TEMPERATURE_SPREAD) ** 2 / num_groups
 
     found = scipy.optimize.minimize_scalar(objective, bounds=tuple(np.log(TEMPERATURES)), method="bounded")
     temperature = float(np.exp(found.x)) if found.fun < objective(0.0) else 1.0

@@ -80,6 +80,7 @@ def pretrain(
     options: PretrainingOptions,
     *,
     seed: int,
+    groups: np.ndarray | None = None,
     most_epochs: int = DEFAULT_EPOCHS,
     on_progress: Callable[[int, int, float], None] | None = None,
 ) -> Pretrained:
@@ -88,14 +89,15 @@ def pretrain(
     With ``sigma="auto"`` both are chosen; with a given ``sigma`` and no
     ``epochs``, the length is; with both given, nothing is searched. Averaging
     needs the whole run, so it leaves the length as it is. ``most_epochs``
-    bounds a length that is not given.
+    bounds a length that is not given, and rows of the same number in
+    ``groups`` are left out together.
     """
     num_rows = int(np.asarray(rows.real).sum())
     key, key_search = children(key, 2)
     program, rates = plan_training(network, likelihood, num_rows, options, most_epochs)
     sigma, search = options.sigma, None
     if sigma == "auto" or options.epochs is None:
-        program, sigma, search = _search(program, key, key_search, rows, noise_std, options, rates, seed)
+        program, sigma, search = _search(program, key, key_search, rows, noise_std, options, rates, seed, groups)
         if options.averaging is None:
             rates = rates[: search.num_epochs]
     collect = None
@@ -151,7 +153,7 @@ def plan_training(
     return program, schedules.learning_rates(options.learning_rate, num_epochs, steps)
 
 
-def _search(program, key, key_search, rows, noise_std, options, rates, seed):
+def _search(program, key, key_search, rows, noise_std, options, rates, seed, groups):
     """The program of the final run, the prior scale, and the length of training that unseen rows favour.
 
     Whatever the search finds, one program will do it: that of the search where it can, else one that a core compiles
@@ -165,7 +167,7 @@ def _search(program, key, key_search, rows, noise_std, options, rates, seed):
     else:
         settings = training.Settings(np.asarray(rows.real, np.float32), np.float32(1.0), noise)
         compiled = beside(lambda: training.compile_ahead(program, key, rows, settings, averages=averages))
-    search = regularisation.choose(program, key_search, rows, noise, sigmas, rates, seed)
+    search = regularisation.choose(program, key_search, rows, noise, sigmas, rates, seed, groups)
     if compiled is not None:
         compiled()
     return program, search.sigma, search

@@ -71,6 +71,7 @@ def choose(
     sigmas: tuple[float, ...],
     learning_rates: np.ndarray,
     seed: int,
+    groups: np.ndarray | None = None,
 ) -> Regularisation:
     """The prior scale among ``sigmas`` and the epoch with the least left-out loss.
 
@@ -79,9 +80,10 @@ def choose(
     rows : padded training rows.
     learning_rates : (epochs, steps per epoch), the schedule of the final run, which the search follows.
     seed : decides the folds.
+    groups : (rows without padding,) numbers of what is left out together; None for no such wish.
     """
     program = search_program(program)
-    folds = left_out.assign_folds(np.asarray(rows.x), np.asarray(rows.real), seed)
+    folds = left_out.assign_folds(np.asarray(rows.x), np.asarray(rows.real), seed, groups)
     num_rows = int(np.asarray(rows.real).sum())
     used = range(min(int(folds.max()) + 1, max(1, FOLD_ROWS // num_rows)))
     weights = np.stack([(folds != k) for k in used]).astype(np.float32) * np.asarray(rows.real)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from neurobayes import data, left_out
+from neurobayes.errors import DataError
 
 SIZES = [(2, 2), (2, 4), (3, 4), (5, 4), (6, 8), (8, 4), (16, 8), (17, 8)]
 
@@ -133,3 +134,62 @@ def test_rows_added_to_repeats_leave_the_others_where_they_were():
     long = left_out.leave_out(left_out.whole_inputs(x), 8, 4, seed=0)
     short = left_out.leave_out(left_out.whole_inputs(x[:60]), 8, 4, seed=0)
     np.testing.assert_array_equal(short, long[:, :60])
+
+
+# Groups of the user
+
+
+@pytest.mark.parametrize("labels", [
+    ["b", "a", "b", "c", "a"], [7, -1, 7, 0, -1], np.array([2.5, 1.0, 2.5, 9.0, 1.0]), np.array(list("xyxzy"), object),
+    [True, False, True, False, False],
+])  # fmt: skip
+def test_labels_are_numbered_by_first_appearance(labels):
+    expected = [0, 1, 0, 1, 1] if labels[0] is True else [0, 1, 0, 2, 1]
+    np.testing.assert_array_equal(left_out.as_groups(labels, 5), expected)
+
+
+@pytest.mark.parametrize(("labels", "message"), [
+    ([1, 2], "groups has shape (2,) and X has 3 rows."),
+    ([[1], [2], [3]], "groups has shape (3, 1) and X has 3 rows."),
+    ("abc", "groups has shape () and X has 3 rows."),
+    ([1.0, np.nan, 2.0], "groups has no label for row 1."),
+    (["a", "b", None], "groups has no label for row 2."),
+    (np.array([1, "a", 2], object), "groups mixes labels of several kinds"),
+    (["a", "a", "a"], "groups has one group only"),
+])  # fmt: skip
+def test_labels_that_say_nothing_raise(labels, message):
+    with pytest.raises(DataError) as raised:
+        left_out.as_groups(labels, 3)
+    assert str(raised.value).startswith(message)
+    assert str(raised.value).endswith((".", "more."))
+
+
+@pytest.mark.parametrize("num_groups", [2, 3, 9, 40])
+def test_groups_are_left_out_as_wholes(num_groups):
+    groups = left_out.as_groups(np.random.default_rng(0).integers(num_groups, size=120), 120)
+    real = data.row_weights(120, 128)
+    weights, parts, whole = left_out.share_out(distinct(128), real, 8, seed=0, groups=groups)
+    assert parts == min(4, num_groups) and not whole
+    assert not weights[:, 120:].any()
+    for number in range(groups.max() + 1):
+        assert (np.ptp(weights[:, :120][:, groups == number], axis=1) == 0).all()
+    unseen = weights[:, :120] == 0
+    assert (unseen.sum(axis=0) >= 2).all()  # each row is new to some in each set of ``parts``
+    assert (unseen.any(axis=1) & ~unseen.all(axis=1)).all()
+    folds = left_out.assign_folds(distinct(128), real, seed=0, groups=groups)
+    assert len(np.unique(folds[:120])) == min(num_groups, 5)
+    assert all(np.ptp(folds[:120][groups == number]) == 0 for number in range(groups.max() + 1))
+
+
+def test_new_groups_leave_the_others_where_they_were():
+    groups = np.repeat(np.arange(30), 4)
+    long, *_ = left_out.share_out(distinct(120), np.ones(120), 8, seed=1, groups=groups)
+    short, *_ = left_out.share_out(distinct(50), np.ones(50), 8, seed=1, groups=groups[:50])
+    np.testing.assert_array_equal(long[:, :50], short)
+
+
+def test_groups_are_counted():
+    x = measured_again()
+    assert left_out.num_groups(x, False, None) == 60
+    assert left_out.num_groups(x, True, None) == 20
+    assert left_out.num_groups(x, True, np.arange(60) // 10) == 6

@@ -254,6 +254,19 @@ class TestTemperature:
         np.testing.assert_allclose(out_of_fold.log_loss(probabilities, np.array([1, 0])), -np.log([0.8, 0.6]).mean())
         assert np.isfinite(out_of_fold.log_loss(np.array([[1.0, 0.0]]), np.array([1])))
 
+    def test_labels_of_one_group_count_once(self):
+        """The prior has as much say as with so few rows: the stationary point of likelihood and prior."""
+        probabilities, unseen, labels = self.case(3.0, num_rows=400)
+        found = [out_of_fold.calibrate_temperature(probabilities, unseen, labels, n).temperature for n in (400, 10, 2)]
+        assert 1.0 < found[2] < found[1] < found[0]
+        left_out, step = out_of_fold.ensemble_probabilities(probabilities, unseen), 1e-3
+        losses = [
+            out_of_fold.log_loss(out_of_fold.temper(left_out, found[1] * np.exp(h)), labels) for h in (step, -step)
+        ]
+        slope = (losses[0] - losses[1]) / (2 * step)
+        prior = np.log(found[1]) / out_of_fold.TEMPERATURE_SPREAD**2
+        np.testing.assert_allclose(10 * slope, -prior, rtol=0.02)
+
 
 class TestScaleUncertainty:
     def test_vanishes_with_many_rows_and_never_exceeds_two(self):
@@ -276,6 +289,32 @@ class TestScaleUncertainty:
         margin = 4 * np.std(inside, axis=0)[0] / np.sqrt(len(inside))
         assert abs(calibrated - 0.95) < margin + 0.01
         assert uncorrected < calibrated - 0.005
+
+    @pytest.mark.parametrize("num_groups", [6, 24])
+    def test_errors_of_one_group_count_once(self, num_groups):
+        """A variance from few groups is as uncertain as one from as many rows, however many rows they have."""
+        values, y = ensemble(8, 240, [0.0], 0.05, 1.0)
+        unseen, parts = every_member_leaves_out(8, 240, 0.25), np.zeros(8, int)
+        each = out_of_fold.calibrate_variance(values, np.full_like(values, 1e-6), unseen, parts, y)
+        together = out_of_fold.calibrate_variance(
+            values, np.full_like(values, 1e-6), unseen, parts, y, num_groups=num_groups
+        )
+        ratio = out_of_fold.scale_uncertainty(num_groups) / out_of_fold.scale_uncertainty(240)
+        np.testing.assert_allclose(together.noise_var, ratio * each.noise_var, rtol=1e-9)
+        np.testing.assert_allclose(together.epistemic_factor, ratio * each.epistemic_factor, rtol=1e-9)
+        np.testing.assert_allclose(together.tail, each.tail, rtol=1e-3)
+
+    def test_parts_are_weighed_by_groups(self):
+        values = [ensemble(8, 240, [bias], 0.05, 1.0) for bias in (0.0, 0.3)]
+        unseen, y = np.tile(every_member_leaves_out(8, 240, 0.25), (2, 1)), values[0][1]
+        both, parts = np.concatenate([value for value, _ in values]), np.repeat([0, 1], 8)
+        logits = [
+            np.log(
+                out_of_fold.calibrate_variance(both, np.full_like(both, 1e-6), unseen, parts, y, num_groups=n).weights
+            )
+            for n in (24, 48)
+        ]
+        np.testing.assert_allclose(np.diff(logits[1]), 2 * np.diff(logits[0]), rtol=0.15)
 
     def test_the_tails_density_has_the_same_correction(self):
         values, y = ensemble(8, 24, [0.0], 0.05, 1.0)

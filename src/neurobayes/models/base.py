@@ -82,7 +82,7 @@ MOST_TEXT = 80
 
 
 class Prepared(NamedTuple):
-    """Checked and scaled training data, padded to a bucket of rows."""
+    """Checked and scaled training data, padded to a bucket of rows; ``groups`` has none for padding."""
 
     rows: Rows
     scaling: Scaling
@@ -91,6 +91,7 @@ class Prepared(NamedTuple):
     num_outputs: int
     target_ndim: int
     columns: tuple[str, ...] | None = None
+    groups: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)

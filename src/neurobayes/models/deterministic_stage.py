@@ -141,7 +141,8 @@ def train(
     if pretrained is None:
         pretrained = pretrain(
             plan.network, plan.likelihood, key, rows, _assumed_noise(plan), options, seed=seed,
-            most_epochs=min(DEFAULT_EPOCHS, _longest(plan, options)), on_progress=_reporter(report),
+            groups=plan.prepared.groups, most_epochs=min(DEFAULT_EPOCHS, _longest(plan, options)),
+            on_progress=_reporter(report),
         )  # fmt: skip
         if checkpoint is not None:
             resuming.save_trained(checkpoint, pretrained)
@@ -180,7 +181,8 @@ def _ensemble(plan, key, seed, options, report, checkpoint) -> Stage:
     if ensemble is None:
         ensemble = backbones.train_backbones(
             plan.network, plan.likelihood, key, rows, _assumed_noise(plan), options, plan.num_backbones,
-            stacked=plan.exact is not None, seed=seed, most_epochs=min(backbones.MOST_EPOCHS, _longest(plan, options)),
+            stacked=plan.exact is not None, seed=seed, groups=plan.prepared.groups,
+            most_epochs=min(backbones.MOST_EPOCHS, _longest(plan, options)),
             on_progress=_reporter(report), compressed=None if other is None else other.rows.x,
         )  # fmt: skip
         if checkpoint is not None:
@@ -207,13 +209,14 @@ def _continued(plan: Any, real: np.ndarray) -> Stage:
             f"warm_start keeps which rows each of {len(earlier.members)} backbones has seen, so X must begin with the "
             f"{earlier.num_rows} rows of the earlier fit, in their order; new ones come after them. Otherwise fit anew."
         )
+    _check_groups(earlier.groups, plan.prepared.groups, common)
     params = [member.source.params for member in earlier.members]
     state, weights, ensemble = earlier.members[0].source.state, real[None], earlier.ensemble
     if ensemble is not None:
         num_parts = int(earlier.parts.max()) + 1
         shares, _, _ = left_out.share_out(
             np.asarray(plan.prepared.rows.x), real, len(params) // num_parts, earlier.seed,
-            ensemble.num_parts, ensemble.whole_inputs,
+            ensemble.num_parts, ensemble.whole_inputs, plan.prepared.groups,
         )  # fmt: skip
         weights = shares = np.tile(shares, (num_parts, 1))  # the same in every part
         rmse = ensemble.unseen_rmse
@@ -221,6 +224,18 @@ def _continued(plan: Any, real: np.ndarray) -> Stage:
             rmse = _unseen_rmse(plan, params, state, shares, earlier.parts)
         ensemble = dataclasses.replace(ensemble, row_weights=shares, unseen_rmse=rmse)
     return Stage(params, state, [None] * len(params), weights, earlier.parts, ensemble, plan.prepared)
+
+
+def _check_groups(earlier: np.ndarray | None, groups: np.ndarray | None, common: int) -> None:
+    """Raise where the rows of an earlier fit would not be left out together as they were."""
+    if earlier is None and groups is None:
+        return
+    if earlier is None or groups is None or np.any(earlier[:common] != groups[:common]):
+        kind = "had no groups" if earlier is None else "was made with groups"
+        raise OptionError(
+            f"warm_start keeps which rows are left out together, and the earlier fit {kind}: give the same ones"
+            f"{' of all rows' if earlier is not None else ', none'}, or fit anew."
+        )
 
 
 def training_row_hashes(prepared: Any) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .. import _checks, predictive, priors, row_blocks, selection, selectors, trees
+from .. import _checks, left_out, predictive, priors, row_blocks, selection, selectors, trees
 from .._keys import as_seed, children
 from .._typing import Key, Params
 from ..backbones import Backbones
@@ -64,6 +64,7 @@ class Fitted:
     columns: tuple[str, ...] | None
     seed: int
     row_hashes: np.ndarray
+    groups: np.ndarray | None
 
     @property
     def mixture(self) -> Mixture:
@@ -137,6 +138,7 @@ def make_plan(
     num_backbones: int | str = 1,
     engine: Engine | None = None,
     noise: str = "constant",
+    groups: Any = None,
     untrained: bool = False,
     previous: Fitted | None = None,
     warm: bool = False,
@@ -147,12 +149,15 @@ def make_plan(
     ``previous`` is an earlier fit, whose padding is kept where a few rows were
     added; with ``warm`` its weights, units and sampler are what the fit starts from.
     ``room_for`` is the most rows that later fits will have. With ``untrained``
-    the weights keep their initial values, unless they are given.
+    the weights keep their initial values, unless they are given. ``groups`` are
+    the labels of what is left out together.
     """
     likelihood = likelihood_of(noise, num_classes)
     check_engine(engine, likelihood)
     layout = {"num_classes": num_classes, "outputs_per_target": likelihood.outputs_per_target, "room_for": room_for}
     prepared, given = _data_and_weights(network, X, y, standardize, given, previous, warm, layout)
+    if groups is not None:
+        prepared = prepared._replace(groups=left_out.as_groups(groups, prepared.num_rows))
     example = jax.ShapeDtypeStruct((1, *prepared.rows.x.shape[1:]), prepared.rows.x.dtype)
     info = network_info(network, example)
     template, _ = jax.eval_shape(network.init, abstract_key(), example)
@@ -257,6 +262,17 @@ def _data_and_weights(
     return _prepare(network, X, y, standardize, given, earlier, layout), given
 
 
+def check_groups(plan: Plan, options: PretrainingOptions) -> None:
+    """Raise where groups are given and nothing is left out."""
+    given = plan.weights is not None and (plan.warm is None or plan.warm.ensemble is None)
+    searched = options.sigma == "auto" or options.epochs is None
+    if plan.prepared.groups is not None and (given or plan.untrained or (plan.num_backbones == 1 and not searched)):
+        raise OptionError(
+            "groups says which rows are left out together, and nothing is left out here: a single network is given, or "
+            "trained with map_sigma and sgd_epochs given. Leave groups out, or train several backbones."
+        )
+
+
 def run(plan: Plan, key: Key, options: PretrainingOptions, sampling: Sampling, report: Report) -> Fitted:
     """Train, choose, sample and judge."""
     started = time.perf_counter()
@@ -273,7 +289,7 @@ def run(plan: Plan, key: Key, options: PretrainingOptions, sampling: Sampling, r
     trained = time.perf_counter()
     members = sample_members(plan, stage, key_train, key_sample, sampling, report, checkpoint)
     prepared = plan.prepared
-    out_of_fold = None if stage.ensemble is None else _calibrate(plan, members, stage)
+    out_of_fold = None if stage.ensemble is None else _calibrate(plan, members, stage, stage.ensemble)
     seconds = {"training": trained - started, "sampling": time.perf_counter() - trained}
     return Fitted(
         members=members,
@@ -291,20 +307,24 @@ def run(plan: Plan, key: Key, options: PretrainingOptions, sampling: Sampling, r
         columns=prepared.columns,
         seed=seed,
         row_hashes=deterministic_stage.training_row_hashes(prepared),
+        groups=prepared.groups,
     )
 
 
-def _calibrate(plan: Plan, members: tuple[Member, ...], stage: Stage) -> OutOfFold:
+def _calibrate(plan: Plan, members: tuple[Member, ...], stage: Stage, ensemble: Backbones) -> OutOfFold:
     """What the rows that each backbone left out say about the variance of the whole."""
     rows, real = plan.prepared.rows, np.asarray(plan.prepared.rows.real) > 0
-    y, unseen = np.asarray(rows.y)[real], stage.row_weights[:, real] == 0
+    x, y, unseen = np.asarray(rows.x), np.asarray(rows.y)[real], stage.row_weights[:, real] == 0
+    groups = left_out.num_groups(x[real], ensemble.whole_inputs, plan.prepared.groups)
     mixture = Mixture(tuple(member.source for member in members), stage.parts, np.ones(1))
     if plan.likelihood.is_regression:
-        mean, variance, noise = member_moments(mixture, np.asarray(rows.x))
-        x = np.asarray(rows.x)[real] if plan.noise_varies else None
+        mean, variance, noise = member_moments(mixture, x)
+        columns = x[real] if plan.noise_varies else None
         noise = noise[:, real] if mixture.sources[0].noise_outputs else None
-        return calibrate_variance(mean[:, real], variance[:, real], unseen, stage.parts, y.astype(float), x, noise)
-    return calibrate_temperature(member_probabilities(mixture, np.asarray(rows.x))[0][:, real], unseen, y)
+        return calibrate_variance(
+            mean[:, real], variance[:, real], unseen, stage.parts, y.astype(float), columns, noise, groups
+        )
+    return calibrate_temperature(member_probabilities(mixture, x)[0][:, real], unseen, y, groups)
 
 
 def _prepare(

@@ -151,6 +151,7 @@ class PartialBNN(Predicting):
         num_chains: int = 1,
         chain_method: str = "vectorized",
         *,
+        groups: Any = None,
         sgd_epochs: int | None = None,
         sgd_lr: LearningRate | None = None,
         sgd_batch_size: int | None = None,
@@ -180,6 +181,9 @@ class PartialBNN(Predicting):
             draws, with at least 8 each; of sampled draws each of ``K`` makes ``num_samples / sqrt(K)``.
         num_chains : independent chains.
         chain_method : ``"vectorized"``, ``"parallel"`` (one chain per device) or ``"sequential"``.
+        groups : (n,) labels, such as the batch or the sample a row is from. Rows of one group are left out together by
+            backbones and folds, so that what left-out rows say holds for new groups. None: for new rows from the same
+            groups, except that repeated measurements of one input stay together.
         sgd_epochs : epochs of the deterministic stage, or the most to consider where ``map_sigma="auto"``
             chooses how many. With 0 nothing is trained: fixed weights keep their random initial values, which know
             nothing of the data, and there is one backbone; it takes ``prior_mean="zero"``.
@@ -241,9 +245,10 @@ class PartialBNN(Predicting):
             select_config=select_neurons_config, given=self.deterministic_weights, num_classes=self.num_classes,
             standardize=self.standardize, noise_prior=self.noise_prior, prior_mean=self.prior_mean,
             priors_sigma=priors_sigma, num_backbones=self.num_backbones, engine=sampling.engine,
-            noise=self.noise, untrained=training.epochs == 0, previous=self._previous(warm_start),
+            noise=self.noise, groups=groups, untrained=training.epochs == 0, previous=self._previous(warm_start),
             warm=bool(warm_start), room_for=room_for,
         )  # fmt: skip
+        fitting.check_groups(plan, training)
         if self.num_backbones == 1:
             above_features = self.prior_mean == "map" and not plan.from_inputs and not plan.untrained
             deterministic_stage.warn_of_one(plan.prepared.num_rows, partial=above_features)

@@ -34,7 +34,7 @@ def run_identity(plan: Any, key: Key, options: PretrainingOptions, sampling: Any
     prepared, warm = plan.prepared, plan.warm
     plain = dataclasses.replace(options, learning_rate=None)
     return fingerprint(
-        prepared.rows, prepared.scaling.to_dict(), plan.weights, _density_values(plan.noise_prior),
+        prepared.rows, prepared.groups, prepared.scaling.to_dict(), plan.weights, _density_values(plan.noise_prior),
         type(plan.noise_prior).__name__, sorted(trees.shapes(plan.template).items()), _computation(plan),
         plan.noise_is_default, plan.choice, plan.select_config, plan.prior_mean, repr(plan.priors_sigma),
         plan.learns_prior, plan.may_compress, repr(plain), plan.num_backbones, _rate(options.learning_rate),
