@@ -40,6 +40,7 @@ class Problem:
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     feature_names: tuple[str, ...] = ()
+    groups: np.ndarray | None = None  # of the training rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,14 +123,16 @@ def csv_problem(
     task: str,
     drop: Sequence[str],
     seed: int,
+    group: str | None = None,
 ) -> Problem:
-    """A CSV file split at random, or a training and a test file."""
+    """A CSV file split at random, by whole groups where a column names them, or a training and a test file."""
     from . import datasets, tabular
 
     if test is not None and test_fraction is not None:
         raise errors.OptionError("--test and --test-fraction exclude each other. Leave out one of them.")
     table = tabular.read(path)
-    encoding = tabular.encode(table, target, task=task, ignore=drop)
+    groups = None if group is None else tabular.labels(table, group)
+    encoding = tabular.encode(table, target, task=task, ignore=drop if group is None else [*drop, group])
     X, y = encoding.transform(table)
     if test is not None:
         held_out = tabular.read(test)
@@ -138,7 +141,9 @@ def csv_problem(
         lines = held_out.lines
     else:
         fraction = 0.2 if test_fraction is None else test_fraction
-        train, rows = datasets.split_rows(len(y), fraction, seed, labels=y if encoding.classes else None)
+        classes = y if encoding.classes and groups is None else None
+        train, rows = datasets.split_rows(len(y), fraction, seed, labels=classes, groups=groups)
+        groups = None if groups is None else groups[train]
         X_train, y_train, X_test, y_test = X[train], y[train], X[rows], y[rows]
         lines = [table.lines[row] for row in rows]
     if len(y_train) < 2:
@@ -154,6 +159,7 @@ def csv_problem(
         encoding.classes,
         encoding.notes,
         encoding.feature_names,
+        groups,
     )
 
 
@@ -207,6 +213,7 @@ def _details(model: Any, problem: Problem, options: Options) -> dict[str, Any]:
         "num_test": len(problem.y_test),
         "hidden": list(options.hidden),
         "seed": options.seed,
+        "num_groups": None if problem.groups is None else len(np.unique(problem.groups)),
         "compressed_columns": _compressed_columns(model, problem),
         "num_bayesian_weights": int(model.num_bayesian_weights),
         "num_weights": sum(mask.size for mask in model.partition.masks().values()),
@@ -238,7 +245,7 @@ def _fit(model: Any, problem: Problem, options: Options) -> float:
     draws = {"num_warmup": options.num_warmup, "num_samples": options.num_samples}
     given = {name: value for name, value in draws.items() if value is not None}
     start = time.perf_counter()
-    model.fit(problem.X_train, problem.y_train, progress_bar=False, seed=options.seed, **given)
+    model.fit(problem.X_train, problem.y_train, groups=problem.groups, progress_bar=False, seed=options.seed, **given)
     return time.perf_counter() - start
 
 
@@ -387,6 +394,10 @@ def fit(
         str, typer.Option(help="The Bayesian layers: last:2, all, or names as in Dense0,Dense3.")
     ] = "last:1",
     hidden: Annotated[str, typer.Option(help="Widths of the hidden layers.")] = "64,32,16",
+    group: Annotated[
+        str | None,
+        typer.Option(help="A column that names each row's batch, sample or family, which are held out as wholes."),
+    ] = None,
     drop: Annotated[list[str] | None, typer.Option(help="A column to leave out; may be given several times.")] = None,
     num_warmup: _NumWarmup = None,
     num_samples: _NumSamples = None,
@@ -404,7 +415,7 @@ def fit(
         selection = parse_layers(layers, len(widths))
         options = Options(widths, selection, num_warmup, num_samples, seed, out, figures)
         problem = csv_problem(
-            data, target, test=test, test_fraction=test_fraction, task=task, drop=drop or [], seed=seed
+            data, target, test=test, test_fraction=test_fraction, task=task, drop=drop or [], seed=seed, group=group
         )
         run(problem, options)
 

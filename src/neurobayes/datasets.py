@@ -1,11 +1,12 @@
 """Small data sets for demos, examples and tests: scikit-learn's bundled ones and a generated one."""
 
 import dataclasses
+import math
 from typing import Literal
 
 import numpy as np
 
-from . import errors
+from . import errors, left_out
 
 Task = Literal["regression", "classification"]
 
@@ -117,7 +118,12 @@ def friedman(n: int = 500, seed: int = 0, *, num_features: int = 10, noise_std: 
 
 
 def split_rows(
-    n: int, test_fraction: float = 0.2, seed: int = 0, *, labels: np.ndarray | None = None
+    n: int,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    *,
+    labels: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the training rows and of the test rows, in random order.
 
@@ -132,18 +138,24 @@ def split_rows(
     seed : the same seed gives the same split.
     labels : shape (n,). If given, that share is taken from the rows of each
         class, and every class keeps at least one training row.
+    groups : shape (n,), such as batches. If given, that share of the groups (rounded up) are the test set, with all of
+        their rows.
 
     Raises
     ------
     DataError
-        If there are too few rows to split.
+        If there are too few rows, or groups, to split.
     OptionError
-        If ``test_fraction`` is outside its range.
+        If ``test_fraction`` is outside its range, or both ``labels`` and ``groups`` are given.
     """
     if not 0 < test_fraction < 1:
         raise errors.OptionError(f"test_fraction={test_fraction} must lie strictly between 0 and 1.")
     if n < 2:
         raise errors.DataError(f"{n} row{'' if n == 1 else 's'} cannot be split into training and test rows; give 2.")
+    if groups is not None:
+        if labels is not None:
+            raise errors.OptionError("labels and groups cannot both be kept together. Give one of them.")
+        return _split_groups(left_out.as_groups(groups, n), test_fraction, seed)
     order = np.random.default_rng(seed).permutation(n)
     is_test = np.zeros(n, bool)
     if labels is not None:
@@ -158,8 +170,23 @@ def split_rows(
     return order[~is_test], order[is_test]
 
 
+def _split_groups(groups: np.ndarray, test_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.model_selection import GroupShuffleSplit  # seconds to import, which few callers need
+
+    count = int(groups.max()) + 1
+    num_test = min(math.ceil(test_fraction * count), count - 1)
+    splitter = GroupShuffleSplit(1, test_size=num_test, random_state=seed)
+    return next(splitter.split(groups, groups=groups))
+
+
 def train_test_split(
-    X: np.ndarray, y: np.ndarray, test_fraction: float = 0.2, seed: int = 0, *, stratify: bool = False
+    X: np.ndarray,
+    y: np.ndarray,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    *,
+    stratify: bool = False,
+    groups: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """``X_train, X_test, y_train, y_test``, split as ``split_rows`` says.
 
@@ -168,6 +195,7 @@ def train_test_split(
     X, y : arrays with one entry per row.
     test_fraction, seed : see ``split_rows``.
     stratify : whether ``y`` are class labels whose shares are to be kept.
+    groups : see ``split_rows``.
 
     Raises
     ------
@@ -177,5 +205,5 @@ def train_test_split(
     X, y = np.asarray(X), np.asarray(y)
     if len(X) != len(y):
         raise errors.DataError(f"y has {len(y)} rows but X has {len(X)}. Each row of X needs one target.")
-    train, test = split_rows(len(X), test_fraction, seed, labels=y if stratify else None)
+    train, test = split_rows(len(X), test_fraction, seed, labels=y if stratify else None, groups=groups)
     return X[train], X[test], y[train], y[test]

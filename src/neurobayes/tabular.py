@@ -228,12 +228,7 @@ def encode(table: Table, target: str, *, task: str = "auto", ignore: Iterable[st
         raise errors.DataError(f"{table.path} has only {len(table)} row of data. At least 2 are needed to train on.")
     ignored = tuple(ignore)
     for name in (target, *ignored):
-        if name not in table.columns:
-            known = list(table.columns)
-            listing = ", ".join(known[:20]) + (", …" if len(known) > 20 else "")
-            raise errors.DataError(
-                f"{table.path} has no column {name!r}{errors.nearest(name, known)}. Its columns: {listing}."
-            )
+        _check_exists(table, name)
     if target in ignored:
         raise errors.DataError(f"{target!r} is the target and cannot be dropped.")
     features = [name for name in table.columns if name != target and name not in ignored]
@@ -244,6 +239,28 @@ def encode(table: Table, target: str, *, task: str = "auto", ignore: Iterable[st
     if not columns:
         raise errors.DataError(f"{table.path} has no column to predict {target!r} from that is not constant.")
     return Encoding(columns, target, classes, dropped, ignored, tuple(_notes(table, target, task, classes, dropped)))
+
+
+def labels(table: Table, name: str) -> np.ndarray:
+    """The cells of a column as text, ``(n,)``: what groups of rows are called.
+
+    Raises
+    ------
+    DataError
+        If there is no such column, or a cell is missing.
+    """
+    _check_exists(table, name)
+    _check_missing(table, [name])
+    return np.array(table.columns[name], str)
+
+
+def _check_exists(table: Table, name: str) -> None:
+    if name not in table.columns:
+        known = list(table.columns)
+        listing = ", ".join(known[:20]) + (", …" if len(known) > 20 else "")
+        raise errors.DataError(
+            f"{table.path} has no column {name!r}{errors.nearest(name, known)}. Its columns: {listing}."
+        )
 
 
 def _columns(table: Table, features: Sequence[str]) -> tuple[tuple[Column, ...], tuple[str, ...]]:

@@ -155,6 +155,21 @@ def test_fit_with_a_test_file_and_named_layers_is_reproducible(tmp_path):
     assert {path.name for path in (tmp_path / "first").iterdir()} == {"predictions.csv", "metrics.json"}
 
 
+def test_fit_holds_out_whole_groups(tmp_path):
+    data = write_table(tmp_path / "data.csv", 60)
+    header, *lines = data.read_text().splitlines()
+    names = [f"M{i % 6}" for i in range(60)]
+    data.write_text("\n".join([f"{header};melt", *(f"{line};{name}" for line, name in zip(lines, names, strict=True))]))
+    options = ("--target", "strength", "--group", "melt", "--no-figures", *SMALL)
+    result = invoke("fit", data, "--out", tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    held_out = {names[int(row["line"]) - 2] for row in read_csv(tmp_path / "out" / "predictions.csv")}
+    assert len(held_out) == 2 and len(read_csv(tmp_path / "out" / "predictions.csv")) == 20
+    content = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert content["num_groups"] == 4
+    assert content["num_weights"] == 4 * 8 + 8 + 8 * 4 + 4 + 4 + 1  # the name is no input
+
+
 def test_fit_names_the_columns_it_compresses(tmp_path):
     logarithms = np.random.default_rng(0).normal(size=(120, 2))
     rows = np.column_stack([np.exp(4.0 * logarithms), np.sin(logarithms[:, 0]) + logarithms[:, 1]])
@@ -192,6 +207,9 @@ def test_fit_recognises_classes_by_their_names(tmp_path):
         (("--target", "strength", "--layers", "Dense7", "--hidden", "4"), "Dense7"),
         (("--target", "strength", "--hidden", "8,x"), "8,x"),
         (("--target", "strength", "--drop", "colour"), "no column 'colour'"),
+        (("--target", "strength", "--group", "bach"), "no column 'bach' (closest: 'batch')"),
+        (("--target", "strength", "--group", "batch"), "groups has one group only"),
+        (("--target", "strength", "--group", "strength"), "'strength' is the target"),
     ],
 )
 def test_bad_options_are_one_line_and_write_nothing(tmp_path, arguments, message):

@@ -83,3 +83,29 @@ def test_friedman_follows_its_formula():
 def test_impossible_friedman_options_raise(options):
     with pytest.raises(OptionError, match=next(iter(options))):
         datasets.friedman(**options)
+
+
+def test_groups_are_held_out_as_wholes():
+    groups = np.array(["a", "b", "c", "d", "e"])[np.random.default_rng(0).integers(5, size=60)]
+    for seed in range(5):
+        train, test = datasets.split_rows(60, 0.3, seed, groups=groups)
+        assert sorted([*train, *test]) == list(range(60))
+        assert len(set(groups[test])) == 2 and not set(groups[test]) & set(groups[train])
+    again = datasets.split_rows(60, 0.3, 4, groups=list(groups))
+    np.testing.assert_array_equal(again[1], test)
+    y = np.arange(60)
+    *_, y_test = datasets.train_test_split(y[:, None], y, 0.3, 4, groups=groups)
+    np.testing.assert_array_equal(y_test, test)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.5, 0.99])
+def test_two_groups_are_a_group_each(fraction):
+    train, test = datasets.split_rows(4, fraction, groups=[1, 1, 2, 2])
+    assert len(train) == len(test) == 2
+
+
+def test_groups_and_classes_exclude_each_other():
+    with pytest.raises(OptionError, match="cannot both be kept together"):
+        datasets.split_rows(4, labels=[0, 0, 1, 1], groups=[1, 1, 2, 2])
+    with pytest.raises(DataError, match="one group only"):
+        datasets.split_rows(4, groups=[1, 1, 1, 1])
