@@ -1,18 +1,16 @@
 """The command ``neurobayes``: fit a partially Bayesian network to a table and report on held-out rows."""
 
-import contextlib
 import dataclasses
 import importlib.util
 import pathlib
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import typer
 
-from . import __version__, errors
+from . import __version__, _terminal, errors
 
 _DIABETES_TEST_ROWS = 92  # of 442: the split that the published comparisons use
 
@@ -179,15 +177,15 @@ def run(problem: Problem, options: Options) -> None:
         raise errors.missing_extra("matplotlib", "plots", "Plotting (leave it out with --no-figures)")
     for note in problem.notes:
         console.print(Text(f"note: {note}"), soft_wrap=True)
-    with _warnings_as_lines(status) as messages:
-        with _stage(status, "Loading the network library …"):
+    with _terminal.warnings_as_lines(status) as messages:
+        with _terminal.stage(status, "Loading the network library …"):
             model = _new_model(problem, options)
-        with _stage(status, f"Training and sampling on {len(problem.y_train):,} rows …"):
+        with _terminal.stage(status, f"Training and sampling on {len(problem.y_train):,} rows …"):
             seconds = _fit(model, problem, options)
-        with _stage(status, "Predicting the held-out rows …"):
+        with _terminal.stage(status, "Predicting the held-out rows …"):
             result, noise = _evaluate(model, problem)
             details = {**_details(model, problem, options), "fit_seconds": round(seconds, 3), "constant_noise": noise}
-        with _stage(status, f"Writing {options.out} …"):
+        with _terminal.stage(status, f"Writing {options.out} …"):
             report.write(result, options.out, {**details, "warnings": messages}, figures=options.figures)
     title = f"{problem.name}: {problem.target_name}, {len(problem.y_test):,} held-out rows"
     console.print(report.score_table(result.scores, title=title))
@@ -280,56 +278,6 @@ def _constant_noise(model: Any, problem: Problem) -> dict[str, Any]:
     return {"std": max(std, smallest), "from": source}
 
 
-# The terminal
-
-
-def _stage(console: Any, text: str) -> contextlib.AbstractContextManager[Any]:
-    """A spinner while the block runs, on a terminal only; four frames a second cost the run nothing."""
-    if not console.is_terminal:
-        return contextlib.nullcontext()
-    from rich.text import Text
-
-    return console.status(Text(text), refresh_per_second=4)
-
-
-@contextlib.contextmanager
-def _warnings_as_lines(console: Any) -> Iterator[list[str]]:
-    """Warnings as they come, one line each and each once; yields the list of their messages."""
-    from rich.text import Text
-
-    messages: list[str] = []
-
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        if str(message) not in messages:
-            messages.append(str(message))
-            console.print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
-
-    with warnings.catch_warnings():
-        for category in (
-            errors.ConvergenceWarning,
-            errors.CalibrationWarning,
-            errors.UnitsWarning,
-            errors.MemoryBudgetWarning,
-        ):
-            warnings.simplefilter("always", category)  # shown even where a filter of the caller hides them
-        warnings.showwarning = show
-        yield messages
-
-
-@contextlib.contextmanager
-def _errors_as_lines() -> Iterator[None]:
-    """Errors that a user can mend as one red line on stderr, with exit status 2."""
-    try:
-        yield
-    except (errors.NeuroBayesError, OSError) as error:
-        from rich.console import Console
-        from rich.text import Text
-
-        message = " ".join(str(error).split())
-        Console(stderr=True).print(Text(f"error: {message}", style="red"), soft_wrap=True)
-        raise typer.Exit(2) from None
-
-
 def _show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"neurobayes {__version__}")
@@ -372,7 +320,7 @@ def demo(
     figures: _Figures = True,
 ) -> None:
     """Fit a bundled data set, compare with the deterministic network, and write figures and predictions."""
-    with _errors_as_lines():
+    with _terminal.errors_as_lines():
         draws = 100 if quick else None
         options = Options((64, 32, 16), {"num_probabilistic_layers": 1}, draws, draws, seed, out, figures)
         run(demo_problem(task, dataset), options)
@@ -410,7 +358,7 @@ def fit(
     Columns of text are one-hot encoded and constant columns left out. A missing
     value, or text among numbers, is an error that names the column and the line.
     """
-    with _errors_as_lines():
+    with _terminal.errors_as_lines():
         widths = parse_hidden(hidden)
         selection = parse_layers(layers, len(widths))
         options = Options(widths, selection, num_warmup, num_samples, seed, out, figures)
