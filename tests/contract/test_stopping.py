@@ -235,7 +235,7 @@ def test_an_interrupt_during_warm_up_is_raised(network, data, monkeypatch, first
             model.predict(data[0])
 
 
-@pytest.mark.parametrize("num_backbones", [1, 4])
+@pytest.mark.parametrize("num_backbones", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_real_interrupt_signal(num_backbones):
     """It ends the run, or of several that run at once all that have draws; each sends a signal of its own."""
     script = textwrap.dedent("""
@@ -315,6 +315,7 @@ def test_a_warm_start_keeps_weights_units_and_choice(network, data, more):
     assert model.pretraining is None
 
 
+@pytest.mark.slow
 def test_a_warm_start_needs_few_warm_up_steps(network, data, more):
     """Ten steps from where the last run stood do for what takes far more from nothing."""
     careful = fit(network, more, num_samples=400, num_warmup=400)

@@ -60,6 +60,7 @@ def test_training_that_diverges_to_finite_weights_warns(num_backbones):
     assert any(each.filename == __file__ for each in warned if "sgd_lr" in str(each.message))
 
 
+@pytest.mark.slow
 def test_a_noise_prior_that_excludes_the_observed_error_still_starts():
     model = nb.PartialBNN(small(), num_probabilistic_layers=2, noise_prior=dist.Uniform(0.5, 1.0), num_backbones=1)
     noise = model.fit(X, Y, **SHORT).get_samples()["noise_std"] / np.std(Y)
