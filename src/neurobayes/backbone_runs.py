@@ -53,21 +53,17 @@ class Shared:
     rates: np.ndarray
     collect: np.ndarray | None
     num_backbones: int
+    num_groups: int  # of rows that are left out as wholes: their errors are one piece of evidence
 
     @functools.cached_property
     def group_size(self) -> int:
         """Members of a group."""
         return group_size(self.program, self.rows.x)
 
-    @functools.cached_property
-    def num_rows(self) -> int:
-        """Rows that are data."""
-        return int(self.real.sum())
-
     @property
     def evidence(self) -> float:
         """A difference between losses, in nats per row, that is hardly due to chance."""
-        return self.num_rows**-0.5
+        return self.num_groups**-0.5
 
     def gap(self, loss: float, best: float) -> float:
         """How much worse left-out rows are predicted, in nats per row."""
@@ -198,7 +194,7 @@ def train_together(runs: list[Run], stops: bool, on_progress, rival: Run | None 
         leader = min((run.best for run in runs), key=lambda look: look.loss)
         if on_progress is not None:
             on_progress(last, num_epochs, leader.loss)
-        hopeless = regularisation.hopeless(last / num_epochs, shared.num_rows)
+        hopeless = regularisation.hopeless(last / num_epochs, shared.num_groups)
         alive = [
             run for run in alive
             if last - run.best.epoch <= max(PATIENCE * last, num_epochs / 10)

@@ -47,7 +47,8 @@ class Backbones:
     num_parts : one row in how many each member left out.
     whole_inputs : whether rows with the same inputs were left out together.
     search : the loss by prior scale and look: the squared error the ensemble is expected to make on new rows, in
-        units of the assumed noise, or its log loss for classes and where the network gives the noise.
+        units of the assumed noise, or its log loss for classes and where the network gives the noise. Where inputs
+        are compressed, only the prior scales are tried again that take part without.
     epochs : (looks,) epochs after which left-out rows were looked at.
     unseen_rmse : (parts, outputs) expected error of a part on new rows, working units; None for classes.
     compressed : whether the members take inputs with their long tails compressed.
@@ -116,7 +117,8 @@ def train_backbones(
     if options.averaging is not None:
         rates, collect = options.averaging.apply(rates)
     shared = Shared(program, rows, real, np.asarray(noise_std, np.float32), np.int32(options.burn_in * len(rates)),
-                     rates, collect, num_backbones)  # fmt: skip
+                     rates, collect, num_backbones,
+                     left_out.num_groups(np.asarray(rows.x)[real], whole_inputs, groups))  # fmt: skip
     stops = collect is None and (options.epochs is None or options.sigma == "auto")
     started, state = start(shared, children(key, num_backbones), weights)
     sigmas = SIGMA_GRID if isinstance(options.sigma, str) else (options.sigma,)
@@ -176,7 +178,7 @@ def _kept(runs: list[Run], stacked: bool) -> list[Run]:
         raise TrainingError(f"the predictions of left-out rows are never finite. {training.CAUSES}")
     if not stacked:
         return order[:1]
-    weight = out_of_fold.STACKING * shared.num_rows
+    weight = out_of_fold.STACKING * shared.num_groups
     return order[:1] + [run for run in order[1:] if weight * shared.gap(run.best.loss, best) < NEGLIGIBLE]
 
 

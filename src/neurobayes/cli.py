@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -129,7 +129,9 @@ def csv_problem(
     if test is not None and test_fraction is not None:
         raise errors.OptionError("--test and --test-fraction exclude each other. Leave out one of them.")
     table = tabular.read(path)
-    groups = None if group is None else tabular.labels(table, group)
+    if group == target:
+        raise errors.DataError(f"{target!r} is the target and cannot name groups.")
+    groups, notes = None if group is None else tabular.labels(table, group), ()
     encoding = tabular.encode(table, target, task=task, ignore=drop if group is None else [*drop, group])
     X, y = encoding.transform(table)
     if test is not None:
@@ -137,11 +139,17 @@ def csv_problem(
         X_train, y_train = X, y
         X_test, y_test = encoding.transform(held_out)
         lines = held_out.lines
+        if groups is not None and group in held_out.columns:
+            notes = tuple(_shared_groups(groups, tabular.labels(held_out, group)))
     else:
         fraction = 0.2 if test_fraction is None else test_fraction
         classes = y if encoding.classes and groups is None else None
         train, rows = datasets.split_rows(len(y), fraction, seed, labels=classes, groups=groups)
         groups = None if groups is None else groups[train]
+        if groups is not None and len(np.unique(groups)) < 2:
+            raise errors.DataError(
+                f"{path} has 2 groups in column {group!r}, and 3 are needed: one to hold out, and two to train on."
+            )
         X_train, y_train, X_test, y_test = X[train], y[train], X[rows], y[rows]
         lines = [table.lines[row] for row in rows]
     if len(y_train) < 2:
@@ -155,10 +163,20 @@ def csv_problem(
         {"line": lines},
         target,
         encoding.classes,
-        encoding.notes,
+        (*encoding.notes, *notes),
         encoding.feature_names,
         groups,
     )
+
+
+def _shared_groups(train: np.ndarray, test: np.ndarray) -> Iterator[str]:
+    """A note on groups that are not new to the model."""
+    shared = np.intersect1d(train, test)
+    if len(shared):
+        yield (
+            f"{len(shared)} of {len(np.unique(test))} groups of the test file are in the training file as well, so the "
+            "scores are not those of new groups alone."
+        )
 
 
 # Fit and report

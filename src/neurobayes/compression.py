@@ -1,10 +1,11 @@
 """Columns of a table with long tails, compressed.
 
-A few values many standard deviations from the others leave a network little to
-tell those others apart by, and lead it far off where it meets them. The inverse
+Values that span decades leave a network little to tell the many small ones
+apart by, and lead it far off where it meets the few large ones. The inverse
 hyperbolic sine is linear about the middle of a column and a logarithm in its
 tails: order and differences are kept, no value is cut off, and far from the
-training rows inputs still differ. Burbidge, Magee & Robb (1988), "Alternative
+training rows inputs still differ. A single value far beyond all others stays
+far beyond them: whether it is a mistake is not for a transform to say. Burbidge, Magee & Robb (1988), "Alternative
 transformations to handle extreme values of the dependent variable", JASA 83.
 """
 
@@ -63,5 +64,7 @@ class Compression:
 
 
 def _has_long_tails(column: np.ndarray) -> bool:
+    if column.std() < 0.5:  # a constant but for rounding, which standardisation has left as it is
+        return False
     skewed = abs(scipy.stats.skew(column)) > SKEWNESS
     return bool(skewed or scipy.stats.kurtosis(column) > EXCESS_KURTOSIS)

@@ -1,7 +1,6 @@
 """Small data sets for demos, examples and tests: scikit-learn's bundled ones and a generated one."""
 
 import dataclasses
-import math
 from typing import Literal
 
 import numpy as np
@@ -138,8 +137,8 @@ def split_rows(
     seed : the same seed gives the same split.
     labels : shape (n,). If given, that share is taken from the rows of each
         class, and every class keeps at least one training row.
-    groups : shape (n,), such as batches. If given, that share of the groups (rounded up) are the test set, with all of
-        their rows.
+    groups : shape (n,), such as batches. If given, that share of the groups is the test set, with all of their rows: at
+        least one group, and at least one is left for training.
 
     Raises
     ------
@@ -171,12 +170,11 @@ def split_rows(
 
 
 def _split_groups(groups: np.ndarray, test_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.model_selection import GroupShuffleSplit  # seconds to import, which few callers need
-
-    count = int(groups.max()) + 1
-    num_test = min(math.ceil(test_fraction * count), count - 1)
-    splitter = GroupShuffleSplit(1, test_size=num_test, random_state=seed)
-    return next(splitter.split(groups, groups=groups))
+    generator, count = np.random.default_rng(seed), int(groups.max()) + 1
+    order = generator.permutation(len(groups))
+    chosen = generator.permutation(count)[: min(max(round(count * test_fraction), 1), count - 1)]
+    is_test = np.isin(groups[order], chosen)
+    return order[~is_test], order[is_test]
 
 
 def train_test_split(

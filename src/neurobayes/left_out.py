@@ -79,11 +79,11 @@ def as_groups(groups: Any, num_rows: int) -> np.ndarray:
     ------
     DataError : ``groups`` are not one label for each row, some is missing, or all are the same.
     """
-    labels = np.asarray(groups)
+    labels = np.asarray(groups, dtype=object)  # numpy would make one kind of text and numbers
     fix = "Give the name or number of each row's group, in the order of the rows."
     if labels.shape != (num_rows,):
         raise DataError(f"groups has shape {labels.shape} and X has {num_rows} rows. {fix}")
-    missing = [label is None or label != label for label in labels.tolist()]
+    missing = [_is_missing(label) for label in labels]
     if any(missing):
         raise DataError(f"groups has no label for row {missing.index(True)}. {fix}")
     try:
@@ -93,6 +93,13 @@ def as_groups(groups: Any, num_rows: int) -> np.ndarray:
     if numbers.max() == 0:
         raise DataError("groups has one group only, and what is left out must be new. Leave groups out, or give more.")
     return numbers
+
+
+def _is_missing(label: Any) -> bool:
+    try:
+        return label is None or bool(label != label)
+    except TypeError:  # the NA of pandas is neither
+        return True
 
 
 def _numbered(values: np.ndarray) -> np.ndarray:

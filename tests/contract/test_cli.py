@@ -164,10 +164,22 @@ def test_fit_holds_out_whole_groups(tmp_path):
     result = invoke("fit", data, "--out", tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
     held_out = {names[int(row["line"]) - 2] for row in read_csv(tmp_path / "out" / "predictions.csv")}
-    assert len(held_out) == 2 and len(read_csv(tmp_path / "out" / "predictions.csv")) == 20
+    assert len(held_out) == 1 and len(read_csv(tmp_path / "out" / "predictions.csv")) == 10
     content = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert content["num_groups"] == 4
+    assert content["num_groups"] == 5
     assert content["num_weights"] == 4 * 8 + 8 + 8 * 4 + 4 + 4 + 1  # the name is no input
+
+
+def test_groups_of_a_test_file_that_are_not_new_are_noted(tmp_path):
+    train, test = (tmp_path / name for name in ("train.csv", "test.csv"))
+    rows = [f"{i},{i % 7},{i * 1.5 + i % 3},M{i // 6}" for i in range(60)]
+    train.write_text("\n".join(["a,b,y,melt", *rows[:42]]))
+    test.write_text("\n".join(["a,b,y,melt", *rows[36:]]))
+    problem = cli.csv_problem(
+        train, "y", test=test, test_fraction=None, task="auto", drop=[], seed=0, group="melt"
+    )  # fmt: skip
+    assert "1 of 4 groups of the test file are in the training file as well" in problem.notes[-1]
+    assert len(np.unique(problem.groups)) == 7 and problem.X_train.shape == (42, 2)
 
 
 def test_fit_names_the_columns_it_compresses(tmp_path):
@@ -209,7 +221,8 @@ def test_fit_recognises_classes_by_their_names(tmp_path):
         (("--target", "strength", "--drop", "colour"), "no column 'colour'"),
         (("--target", "strength", "--group", "bach"), "no column 'bach' (closest: 'batch')"),
         (("--target", "strength", "--group", "batch"), "groups has one group only"),
-        (("--target", "strength", "--group", "strength"), "'strength' is the target"),
+        (("--target", "strength", "--group", "strength"), "'strength' is the target and cannot name groups"),
+        (("--target", "strength", "--group", "kind"), "has 2 groups in column 'kind', and 3 are needed"),
     ],
 )
 def test_bad_options_are_one_line_and_write_nothing(tmp_path, arguments, message):

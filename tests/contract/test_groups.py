@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import neurobayes as nb
+from neurobayes import backbone_runs
 from neurobayes.errors import CalibrationWarning, CheckpointError, DataError, OptionError
 
 pytestmark = pytest.mark.filterwarnings("ignore::neurobayes.errors.ConvergenceWarning")
@@ -106,6 +107,38 @@ def test_a_single_network_is_searched_by_groups(data, quick):
             for labels in (groups, None)
         ]
     assert expected[0] > 1.3 * expected[1]
+
+
+@pytest.mark.parametrize("kind", [nb.BNN, nb.PartialBNN])
+def test_a_single_network_is_continued_without(kind, data, quick):
+    """Nothing is left out any more."""
+    X, y, groups = data
+    model = kind(NETWORK) if kind is nb.BNN else kind(NETWORK, num_backbones=1)
+    options = {"engine": quick["engine"], "num_samples": 20, "map_sigma": "auto", "sgd_epochs": 20}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)
+        fit(X, y, groups, model=model, **options)
+        with pytest.raises(OptionError, match="nothing is left out here"):
+            fit(X, y, groups, model=model, warm_start=True, **options)
+        assert fit(X, y, model=model, warm_start=True, **options) is model
+
+
+def test_a_group_that_is_most_of_the_rows_is_warned_of(data, quick):
+    X, y, _ = data
+    with pytest.warns(CalibrationWarning, match="one of the groups has 75% of the rows"):
+        fit(X, y, np.arange(120) // 90, **quick)
+
+
+def test_evidence_is_counted_by_groups(data, monkeypatch):
+    """So many rows of twenty batches say no more than twenty rows would."""
+    X, y, groups = data
+    seen = []
+    monkeypatch.setattr(
+        backbone_runs.Shared, "evidence", property(lambda shared: seen.append(shared.num_groups) or 9.9)
+    )
+    fit(np.exp(3 * X), y, groups)
+    fit(np.exp(3 * X), y)
+    assert seen[0] == 20 and seen[-1] == 120
 
 
 def test_classes(data, quick):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import neurobayes as nb
-from neurobayes import backbone_runs
+from neurobayes import backbone_runs, backbones
 from neurobayes.errors import CheckpointError, OptionError
 from neurobayes.models import deterministic_stage
 
@@ -70,6 +70,15 @@ def test_the_search_is_that_of_the_inputs_taken(model, data):
     np.testing.assert_array_equal(model.backbones.search.losses, asked.backbones.search.losses)
     for ours, theirs in zip(model.predict(data[0]), asked.predict(data[0]), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_scales_that_lose_are_not_tried_again(data):
+    searched = fit(*data, options={**OPTIONS, "map_sigma": "auto"}).backbones
+    assert searched.compressed
+    assert set(searched.search.sigmas) <= set(backbones.SIGMA_GRID)
+    assert searched.search.losses.shape == (len(searched.search.sigmas), len(searched.epochs))
+    best = np.unravel_index(np.argmin(searched.search.losses), searched.search.losses.shape)
+    assert searched.search.sigmas[best[0]] == searched.sigmas[0] == searched.search.sigma
 
 
 def test_not_where_the_tails_matter(data):

@@ -67,6 +67,7 @@ def test_named_layers_and_the_listed_weights_of_other_layers(document_choice, fo
     assert np.argwhere(masks["Dense2.kernel"]).tolist() == [[1, 0], [3, 2]]
 
 
+@pytest.mark.slow
 def test_automatic_selection_adds_to_the_chosen_layers(document_choice, four_columns):
     """Trap: weights named for layers outside probabilistic_layer_names ignored (also select_neurons_config)."""
     X, y, X_val, _ = four_columns

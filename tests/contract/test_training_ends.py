@@ -67,7 +67,8 @@ def test_a_noise_prior_that_excludes_the_observed_error_still_starts():
     assert (noise > 0.49).all() and (noise < 1.01).all()
 
 
-@pytest.mark.parametrize("num_classes", [pytest.param(None, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_classes", [None, 2])
 def test_double_precision(num_classes):
     y = Y if num_classes is None else (Y > 0).astype(int)
     network = nb.FlaxMLP([4], num_classes or 1)

@@ -77,6 +77,7 @@ def test_hidden_layers_learn_below_a_random_output_layer(regression):
     assert model.num_bayesian_weights == (3 * 8 + 8) + (8 * 8 + 8)
 
 
+@pytest.mark.slow
 def test_classes_and_a_fully_bayesian_network(three_classes, regression):
     X, labels = three_classes
     options = {"engine": "laplace", **FAST}

@@ -59,7 +59,13 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES, scope="module")
+@pytest.fixture(
+    params=[
+        "two outputs",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("one output", "part of the kernel")),
+    ],
+    scope="module",
+)
 def case(request):
     density, start = CASES[request.param]()
     return density, start, collapsed_form(density)
@@ -161,7 +167,7 @@ def draw(engine, density, start, num_samples=60, num_chains=1, **control):
 ENGINES = [
     NUTS(collapse=True),
     pytest.param(MCLMC(collapse=True), marks=pytest.mark.slow),
-    MCLMC(collapse=True, adjusted=True),
+    pytest.param(MCLMC(collapse=True, adjusted=True), marks=pytest.mark.slow),
 ]
 
 

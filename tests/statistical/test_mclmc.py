@@ -57,6 +57,7 @@ def test_a_resumed_run_ends_with_the_same_draws(target, adjusted, tmp_path):
     np.testing.assert_array_equal(resumed.draws, whole.draws)
 
 
+@pytest.mark.slow
 def test_a_chain_does_not_depend_on_its_neighbours(target):
     two = draw(target, num_chains=2).draws
     assert not np.array_equal(two[0], two[1])

@@ -45,6 +45,16 @@ def test_columns_of_at_most_two_values_are_left_alone(values):
     assert Compression.fit(values[:, None]) is None
 
 
+def test_a_column_that_varies_by_rounding_only_is_left_alone():
+    column = np.ones(200)
+    column[:6], column[6:9] = 1 + 2e-16, 1 - 1.2e-16
+    assert len(np.unique(column)) > 2
+    long = np.exp(quantiles(SHORT["normal"], 200).astype(float))
+    scaling = Scaling.fit(np.stack([column, long], 1), None, standardize="compressed")
+    np.testing.assert_array_equal(scaling.compression.columns, [False, True])
+    np.testing.assert_allclose(scaling.inputs(np.array([[1.001, 1.0]]))[0, 0], 0.001, rtol=1e-3)
+
+
 def test_distances_survive_far_away():
     """No value is cut off: what is twice as far stays further, by the logarithm of two."""
     found = Compression.fit(quantiles(LONG["lognormal"])[:, None])

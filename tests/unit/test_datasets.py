@@ -93,6 +93,8 @@ def test_groups_are_held_out_as_wholes():
         assert len(set(groups[test])) == 2 and not set(groups[test]) & set(groups[train])
     again = datasets.split_rows(60, 0.3, 4, groups=list(groups))
     np.testing.assert_array_equal(again[1], test)
+    assert (np.diff(test) < 0).any() and (np.diff(train) < 0).any()  # in random order
+    assert len(datasets.split_rows(100, 0.07, 5_000_000_000, groups=np.arange(100))[1]) == 7
     y = np.arange(60)
     *_, y_test = datasets.train_test_split(y[:, None], y, 0.3, 4, groups=groups)
     np.testing.assert_array_equal(y_test, test)

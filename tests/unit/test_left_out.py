@@ -1,6 +1,7 @@
 """Who leaves out what: shares of rows, folds, and repeated inputs that stay together."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from neurobayes import data, left_out
@@ -141,10 +142,10 @@ def test_rows_added_to_repeats_leave_the_others_where_they_were():
 
 @pytest.mark.parametrize("labels", [
     ["b", "a", "b", "c", "a"], [7, -1, 7, 0, -1], np.array([2.5, 1.0, 2.5, 9.0, 1.0]), np.array(list("xyxzy"), object),
-    [True, False, True, False, False],
+    [True, False, True, False, False], pd.Series(["b", "a", "b", "c", "a"], dtype="category", index=[9, 8, 7, 6, 5]),
 ])  # fmt: skip
 def test_labels_are_numbered_by_first_appearance(labels):
-    expected = [0, 1, 0, 1, 1] if labels[0] is True else [0, 1, 0, 2, 1]
+    expected = [0, 1, 0, 1, 1] if next(iter(labels)) is True else [0, 1, 0, 2, 1]
     np.testing.assert_array_equal(left_out.as_groups(labels, 5), expected)
 
 
@@ -155,6 +156,9 @@ def test_labels_are_numbered_by_first_appearance(labels):
     ([1.0, np.nan, 2.0], "groups has no label for row 1."),
     (["a", "b", None], "groups has no label for row 2."),
     (np.array([1, "a", 2], object), "groups mixes labels of several kinds"),
+    ([1, "1", "a"], "groups mixes labels of several kinds"),
+    (["a", "b", float("nan")], "groups has no label for row 2."),
+    (pd.Series(["a", pd.NA, "b"], dtype="string"), "groups has no label for row 1."),
     (["a", "a", "a"], "groups has one group only"),
 ])  # fmt: skip
 def test_labels_that_say_nothing_raise(labels, message):

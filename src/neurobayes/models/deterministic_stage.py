@@ -209,7 +209,8 @@ def _continued(plan: Any, real: np.ndarray) -> Stage:
             f"warm_start keeps which rows each of {len(earlier.members)} backbones has seen, so X must begin with the "
             f"{earlier.num_rows} rows of the earlier fit, in their order; new ones come after them. Otherwise fit anew."
         )
-    _check_groups(earlier.groups, plan.prepared.groups, common)
+    if earlier.ensemble is not None:
+        _check_groups(earlier.groups, plan.prepared.groups, common)
     params = [member.source.params for member in earlier.members]
     state, weights, ensemble = earlier.members[0].source.state, real[None], earlier.ensemble
     if ensemble is not None:

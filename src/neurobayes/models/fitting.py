@@ -9,6 +9,7 @@ when ``run`` has returned.
 import dataclasses
 import functools
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..backbones import Backbones
 from ..checkpoint import Checkpoint
 from ..data import Scaling
 from ..diagnostics import Diagnostics, combine
-from ..errors import OptionError
+from ..errors import CalibrationWarning, OptionError
 from ..inference import last_layer
 from ..inference.base import Engine
 from ..likelihoods import Gaussian, Likelihood
@@ -43,6 +44,9 @@ from .members import Member, ensemble_noise_prior, sample_members
 from .noise import check_engine, likelihood_of, noise_prior_of
 from .progress import Report
 from .sampling import Sampling
+
+MOST_OF_ONE_GROUP = 0.5
+"""A group with a larger share of the rows is warned of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,13 +267,21 @@ def _data_and_weights(
 
 
 def check_groups(plan: Plan, options: PretrainingOptions) -> None:
-    """Raise where groups are given and nothing is left out."""
+    """Raise where groups are given and nothing is left out; warn of a group that is most of the rows."""
     given = plan.weights is not None and (plan.warm is None or plan.warm.ensemble is None)
     searched = options.sigma == "auto" or options.epochs is None
     if plan.prepared.groups is not None and (given or plan.untrained or (plan.num_backbones == 1 and not searched)):
         raise OptionError(
             "groups says which rows are left out together, and nothing is left out here: a single network is given, or "
             "trained with map_sigma and sgd_epochs given. Leave groups out, or train several backbones."
+        )
+    share = 0.0 if plan.prepared.groups is None else np.bincount(plan.prepared.groups).max() / plan.prepared.num_rows
+    if share > MOST_OF_ONE_GROUP:
+        warnings.warn(
+            f"one of the groups has {share:.0%} of the rows: networks that leave it out learn from the few others, and "
+            "what they say of it decides the intervals of all. Divide it, or leave groups out.",
+            CalibrationWarning,
+            stacklevel=3,
         )
 
 

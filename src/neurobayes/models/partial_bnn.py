@@ -183,7 +183,8 @@ class PartialBNN(Predicting):
         chain_method : ``"vectorized"``, ``"parallel"`` (one chain per device) or ``"sequential"``.
         groups : (n,) labels, such as the batch or the sample a row is from. Rows of one group are left out together by
             backbones and folds, so that what left-out rows say holds for new groups. None: for new rows from the same
-            groups, except that repeated measurements of one input stay together.
+            groups, except that repeated measurements of one input stay together. With a single backbone only the
+            search of prior scale and length goes by groups; its intervals are corrected by nothing.
         sgd_epochs : epochs of the deterministic stage, or the most to consider where ``map_sigma="auto"``
             chooses how many. With 0 nothing is trained: fixed weights keep their random initial values, which know
             nothing of the data, and there is one backbone; it takes ``prior_mean="zero"``.
