@@ -227,7 +227,6 @@ def few_collapsed():
     return run(sample_collapsed_density, range(200), deep_simulate, deep_quantities)
 
 
-@pytest.mark.slow
 def test_ranks_are_uniform_with_the_output_layer_integrated_out(few_collapsed):
     assert is_uniform(*few_collapsed), p_values(*few_collapsed)
 
