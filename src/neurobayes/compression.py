@@ -13,7 +13,6 @@ import dataclasses
 from typing import Any, Self
 
 import numpy as np
-import scipy.stats
 
 SKEWNESS, EXCESS_KURTOSIS = 1.0, 3.0
 """A column with more of either (of any sign of the first) has long tails; an exponential distribution has 2 and 6."""
@@ -66,5 +65,7 @@ class Compression:
 def _has_long_tails(column: np.ndarray) -> bool:
     if column.std() < 0.5:  # a constant but for rounding, which standardisation has left as it is
         return False
+    import scipy.stats  # half a second, which a network of images need not wait for
+
     skewed = abs(scipy.stats.skew(column)) > SKEWNESS
     return bool(skewed or scipy.stats.kurtosis(column) > EXCESS_KURTOSIS)
