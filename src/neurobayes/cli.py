@@ -35,9 +35,9 @@ class Problem:
     y_test: np.ndarray
     index: Mapping[str, Sequence[int]]
     target_name: str
+    feature_names: tuple[str, ...]
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    feature_names: tuple[str, ...] = ()
     groups: np.ndarray | None = None  # of the training rows
 
 
@@ -155,17 +155,17 @@ def csv_problem(
     if len(y_train) < 2:
         raise errors.DataError(f"{path} leaves {len(y_train)} row to train on. At least 2 are needed.")
     return Problem(
-        path.name,
-        X_train,
-        y_train,
-        X_test,
-        y_test,
-        {"line": lines},
-        target,
-        encoding.classes,
-        (*encoding.notes, *notes),
-        encoding.feature_names,
-        groups,
+        name=path.name,
+        X_train=X_train,
+        y_train=y_train,
+        X_test=X_test,
+        y_test=y_test,
+        index={"line": lines},
+        target_name=target,
+        feature_names=encoding.feature_names,
+        class_names=encoding.classes,
+        notes=(*encoding.notes, *notes),
+        groups=groups,
     )
 
 
@@ -244,8 +244,7 @@ def _compressed_columns(model: Any, problem: Problem) -> list[str]:
     compression = model.scaling.compression
     if compression is None:
         return []
-    names = problem.feature_names or [f"column {i + 1}" for i in range(len(compression.columns))]
-    return [name for name, is_compressed in zip(names, compression.columns, strict=True) if is_compressed]
+    return [name for name, chosen in zip(problem.feature_names, compression.columns, strict=True) if chosen]
 
 
 def _new_model(problem: Problem, options: Options) -> Any:

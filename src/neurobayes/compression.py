@@ -5,8 +5,9 @@ apart by, and lead it far off where it meets the few large ones. The inverse
 hyperbolic sine is linear about the middle of a column and a logarithm in its
 tails: order and differences are kept, no value is cut off, and far from the
 training rows inputs still differ. A single value far beyond all others stays
-far beyond them: whether it is a mistake is not for a transform to say. Burbidge, Magee & Robb (1988), "Alternative
-transformations to handle extreme values of the dependent variable", JASA 83.
+far beyond them: whether it is a mistake is not for a transform to say.
+Burbidge, Magee & Robb (1988), "Alternative transformations to handle extreme
+values of the dependent variable", JASA 83.
 """
 
 import dataclasses

@@ -110,11 +110,13 @@ def _numbered(values: np.ndarray) -> np.ndarray:
 
 def num_groups(x: np.ndarray, whole: bool, groups: np.ndarray | None) -> int:
     """How many groups of rows ``x`` (n, …) are left out as wholes: those given, equal inputs, or single rows."""
-    return int((_groups(x, whole) if groups is None else groups).max()) + 1
+    return int(_groups(x, whole, groups).max()) + 1
 
 
-def _groups(x: np.ndarray, whole: bool) -> np.ndarray:
-    """The numbers ``(n,)`` of what is left out together: equal inputs where they stay ``whole``, else single rows."""
+def _groups(x: np.ndarray, whole: bool, given: np.ndarray | None) -> np.ndarray:
+    """The numbers ``(n,)`` of what is left out together: as given, else equal inputs if ``whole``, else single rows."""
+    if given is not None:
+        return given
     return whole_inputs(x) if whole else np.arange(len(x))
 
 
@@ -134,7 +136,7 @@ def share_out(
     """
     x = x[real > 0]
     whole = (groups is None and repeats(x)) if whole is None else whole
-    groups = _groups(x, whole) if groups is None else groups
+    groups = _groups(x, whole, groups)
     if num_parts is None:
         num_parts = min(default_parts(len(x)), int(groups.max()) + 1)
     weights = np.zeros((num_members, len(real)), np.float32)
@@ -171,7 +173,7 @@ def assign_folds(x: np.ndarray, real: np.ndarray, seed: int, groups: np.ndarray 
     ``groups`` are as for ``share_out``.
     """
     x = x[real > 0]
-    groups = _groups(x, repeats(x)) if groups is None else groups
+    groups = _groups(x, groups is None and repeats(x), groups)
     count = int(groups.max()) + 1
     num_folds = max(2, min(MAX_FOLDS, count))
     folds = np.zeros(len(real), np.int32)

@@ -209,11 +209,10 @@ def _continued(plan: Any, real: np.ndarray) -> Stage:
             f"warm_start keeps which rows each of {len(earlier.members)} backbones has seen, so X must begin with the "
             f"{earlier.num_rows} rows of the earlier fit, in their order; new ones come after them. Otherwise fit anew."
         )
-    if earlier.ensemble is not None:
-        _check_groups(earlier.groups, plan.prepared.groups, common)
     params = [member.source.params for member in earlier.members]
     state, weights, ensemble = earlier.members[0].source.state, real[None], earlier.ensemble
     if ensemble is not None:
+        _check_groups(earlier.groups, plan.prepared.groups, common)
         num_parts = int(earlier.parts.max()) + 1
         shares, _, _ = left_out.share_out(
             np.asarray(plan.prepared.rows.x), real, len(params) // num_parts, earlier.seed,
