@@ -17,10 +17,12 @@ from .convolutions import convolves
 from .likelihoods import Categorical, Gaussian, HeteroskedasticGaussian, split_outputs
 from .networks.base import Network
 from .pretraining import precision
+from .short_rows import ShortRows
 
 GROUP = 4
 """Backbones trained by one compiled call; groups run on different cores. The same everywhere: so are the results. Only
-networks with convolutions are trained one by one on a CPU, where those with a kernel for each member are slow."""
+networks with convolutions are trained one by one on a CPU, where those with a kernel for each member are slow, and
+those that leave out padding, each batch of which is put through one of two programs."""
 
 NUM_LOOKS = 25
 """How often the predictions for left-out rows are looked at during training."""
@@ -215,8 +217,9 @@ def lag(runs: list[Run], rival: Run) -> float:
 
 def group_size(program: training.Program, x: Any) -> int:
     """Members of a group, for rows like those of ``x``."""
-    slow = jax.default_backend() == "cpu" and convolves(program.network, x.shape[1:], x.dtype)
-    return 1 if slow else GROUP
+    network, on_cpu = program.network, jax.default_backend() == "cpu"
+    alone = on_cpu and (isinstance(network, ShortRows) or convolves(network, x.shape[1:], x.dtype))
+    return 1 if alone else GROUP
 
 
 @functools.partial(jax.jit, static_argnums=0)

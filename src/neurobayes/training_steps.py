@@ -22,6 +22,7 @@ from ._typing import Array, Key, Params, State
 from .convolutions import with_ordered_convolutions
 from .likelihoods import LOG_2PI, Likelihood
 from .networks.base import Network
+from .short_rows import for_batch
 from .weight_statistics import Statistics
 
 MONITOR_ROWS = 1024
@@ -156,12 +157,14 @@ def _step(program, progress, state, rows, settings, num_rows, learning_rate):
     if program.network.has_dropout:  # splitting a key is a loop of its own in the compiled step
         key, key_dropout = jax.random.split(key)
 
-    def loss_of(params):
-        return objective(program, params, state, rows, settings, num_rows, key_dropout)[0]
+    def loss_with(network):
+        own = dataclasses.replace(program, network=network)
+        return lambda params: objective(own, params, state, rows, settings, num_rows, key_dropout)[0]
 
-    loss, gradient = with_ordered_convolutions(jax.value_and_grad(loss_of))(progress.params)
+    derivative = for_batch(program.network, rows.x, lambda network: jax.value_and_grad(loss_with(network)))
+    loss, gradient = with_ordered_convolutions(derivative)(progress.params)
     updates, opt_state = make_optimizer(program.optimizer).update(
-        gradient, progress.opt_state, progress.params, value=loss, grad=gradient, value_fn=loss_of
+        gradient, progress.opt_state, progress.params, value=loss, grad=gradient, value_fn=loss_with(program.network)
     )
     if program.optimizer in ("adam", "sgd"):
         updates = jax.tree.map(lambda u: -learning_rate * u, updates)

@@ -312,7 +312,9 @@ class TestAsNetwork:
     def test_input_spec(self):
         assert LinenNetwork(FlaxMLP([4], 1)).input_spec == InputSpec()
         assert LinenNetwork(FlaxConvNet(3, [4], [], 1)).input_spec == InputSpec(spatial_dims=3)
-        assert LinenNetwork(small_transformer()).input_spec == InputSpec(tokens=True, vocab_size=11, max_length=6)
+        assert LinenNetwork(small_transformer()).input_spec == InputSpec(
+            tokens=True, vocab_size=11, max_length=6, pad_token=0
+        )
 
     def test_equal_networks_share_one_compiled_program(self):
         traces = []
@@ -366,6 +368,17 @@ class TestConvNet:
         x = normal(2, *[5] * input_dim)
         params, state = init(network, x)
         np.testing.assert_array_equal(apply(network, params, state, x), apply(network, params, state, x[..., None]))
+
+    def test_largest_of_a_window_and_its_derivative(self):
+        network = FlaxConvNet(2, [1], [], 1)
+        x = jax.random.normal(jax.random.key(0), (3, 5, 4, 2))
+
+        def windows(x):
+            return nn.max_pool(x, (2, 2), strides=(2, 2), padding="SAME")
+
+        np.testing.assert_array_equal(network._halve(x), windows(x))
+        found, expected = (jax.grad(lambda x, f=f: jnp.sum(jnp.sin(f(x))))(x) for f in (network._halve, windows))
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
 
     @pytest.mark.parametrize(("pool", "pooled"), [("max", [3.0, 7.0, -2.0]), ("avg", [2.0, 6.0, -2.0])])
     def test_pooling_halves_and_leaves_padding_out(self, pool, pooled):

@@ -35,6 +35,7 @@ from ..network_info import NetworkInfo
 from ..networks.base import Network
 from ..partition import Partition
 from ..pretraining import (
+    BATCH_ROWS,
     DEFAULT_EPOCHS,
     Pretrained,
     PretrainingOptions,
@@ -42,6 +43,7 @@ from ..pretraining import (
     default_epochs,
     pretrain,
 )
+from ..short_rows import ShortRows, with_short_rows
 from . import resuming
 from .base import Prepared, abstract_key, compressed
 from .choosing import resolve_untrained
@@ -70,6 +72,9 @@ _SCALES = 0.5 * len(backbones.SIGMA_GRID)
 
 LEAST_EPOCHS = 30
 """Four backbones are trained for so long anyway."""
+
+LONG_EPOCH = 1e8
+"""Floating-point operations of an epoch from which it pays to compile a network that leaves out padding."""
 
 _ONE_PART = np.zeros(1, int)
 
@@ -140,7 +145,7 @@ def train(
         )
     if pretrained is None:
         pretrained = pretrain(
-            plan.network, plan.likelihood, key, rows, _assumed_noise(plan), options, seed=seed,
+            _trained_network(plan, options), plan.likelihood, key, rows, _assumed_noise(plan), options, seed=seed,
             groups=plan.prepared.groups, most_epochs=min(DEFAULT_EPOCHS, _longest(plan, options)),
             on_progress=_reporter(report),
         )  # fmt: skip
@@ -159,14 +164,15 @@ def compile_ahead(plan: Any, key: Key, options: PretrainingOptions) -> bool:
         return False
     options = dataclasses.replace(options, track_statistics=plan.needs_statistics)
     rows, noise, longest = plan.prepared.rows, _assumed_noise(plan), _longest(plan, options)
+    network = _trained_network(plan, options)
     if plan.num_backbones > 1:
         beside(lambda: backbones.compile_ahead(
-            plan.network, plan.likelihood, key, rows, noise, options, plan.num_backbones,
+            network, plan.likelihood, key, rows, noise, options, plan.num_backbones,
             min(backbones.MOST_EPOCHS, longest),
         ))  # fmt: skip
     else:
         beside(lambda: pretraining.compile_ahead(
-            plan.network, plan.likelihood, key, rows, noise, options, min(DEFAULT_EPOCHS, longest)
+            network, plan.likelihood, key, rows, noise, options, min(DEFAULT_EPOCHS, longest)
         ))  # fmt: skip
     return True
 
@@ -180,8 +186,8 @@ def _ensemble(plan, key, seed, options, report, checkpoint) -> Stage:
         )
     if ensemble is None:
         ensemble = backbones.train_backbones(
-            plan.network, plan.likelihood, key, rows, _assumed_noise(plan), options, plan.num_backbones,
-            stacked=plan.exact is not None, seed=seed, groups=plan.prepared.groups,
+            _trained_network(plan, options), plan.likelihood, key, rows, _assumed_noise(plan), options,
+            plan.num_backbones, stacked=plan.exact is not None, seed=seed, groups=plan.prepared.groups,
             most_epochs=min(backbones.MOST_EPOCHS, _longest(plan, options)),
             on_progress=_reporter(report), compressed=None if other is None else other.rows.x,
         )  # fmt: skip
@@ -259,7 +265,20 @@ def _unseen_rmse(plan: Any, params: list[Params], state: State, weights: np.ndar
 
 
 def _longest(plan: Any, options: PretrainingOptions) -> int:
-    return longest_run(plan.network, plan.prepared, plan.num_backbones, searched=options.sigma == "auto")
+    network = _trained_network(plan, options)
+    return longest_run(network, plan.prepared, plan.num_backbones, searched=options.sigma == "auto")
+
+
+def _trained_network(plan: Any, options: PretrainingOptions) -> Network:
+    return trained_network(plan.network, plan.prepared, options.batch_size)
+
+
+def trained_network(network: Network, prepared: Any, batch_size: int | None = None) -> Network:
+    """The network as its training applies it: without most of the padding of token rows, where that saves much."""
+    if network.input_spec.pad_token is None or epoch_work(network, prepared) < LONG_EPOCH:
+        return network
+    rows = len(prepared.rows.real)
+    return with_short_rows(network, prepared.rows.x, default_batch_size(rows, batch_size) or rows)
 
 
 def _reporter(report: Report):
@@ -375,6 +394,7 @@ def how_many(network: Network, prepared: Any, wanted: int | str, bayesian: Bayes
         few = bayesian.size > MANY_SAMPLED
         return min(2 if few else SAMPLED_BACKBONES, prepared.num_rows)
     steps = -(-prepared.num_rows // (default_batch_size(prepared.num_rows, None) or prepared.num_rows))
+    network = trained_network(network, prepared)
     work = epoch_work(network, prepared) * default_epochs(steps, backbones.MOST_EPOCHS) * _SCALES
     affordable = MOST_WORK / max(1.0, work)
     step, most = backbone_runs.GROUP, SMALL_BACKBONES if prepared.num_rows < SMALL_ROWS else EXACT_BACKBONES
@@ -384,8 +404,16 @@ def how_many(network: Network, prepared: Any, wanted: int | str, bayesian: Bayes
 
 def epoch_work(network: Network, prepared: Any) -> float:
     """Floating-point operations of an epoch of one network, forwards and backwards."""
-    x = prepared.rows.x
-    return 3.0 * _row_work(network, (1, *x.shape[1:]), x.dtype) * prepared.num_rows
+    x, rows = prepared.rows.x, float(prepared.num_rows)
+    if not isinstance(network, ShortRows):
+        return 3.0 * rows * _row_work(network, (1, *x.shape[1:]), x.dtype)
+    blocks = network.blocks(BATCH_ROWS)
+    return (
+        3.0
+        * rows
+        / BATCH_ROWS
+        * sum((end - begin) * _row_work(network.network, (1, width), x.dtype) for begin, end, width in blocks)
+    )
 
 
 @functools.lru_cache(maxsize=64)

@@ -35,12 +35,14 @@ class InputSpec:
     vocab_size : ids must be below this, where known.
     max_length : longest sequence, where known.
     spatial_dims : number of spatial axes (1, 2 or 3), where the network is convolutional.
+    pad_token : id that fills up short sequences, if any number of it at a row's end leaves the output as it is.
     """
 
     tokens: bool = False
     vocab_size: int | None = None
     max_length: int | None = None
     spatial_dims: int | None = None
+    pad_token: int | None = None
 
 
 class Network(abc.ABC):

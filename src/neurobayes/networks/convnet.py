@@ -111,11 +111,24 @@ class FlaxConvNet(nn.Module):
         )
 
     def _halve(self, x: Array) -> Array:
-        window = (2,) * self.input_dim
         if self.pool == "max":
-            return nn.max_pool(x, window, strides=window, padding="SAME")
+            for axis in range(1, 1 + self.input_dim):
+                x = _larger_of_pairs(x, axis)
+            return x
+        window = (2,) * self.input_dim
         # Cells that the padding adds at the edge of an odd size are no data: leave them out of the mean.
         return nn.avg_pool(x, window, strides=window, padding="SAME", count_include_pad=False)
+
+
+def _larger_of_pairs(x: Array, axis: int) -> Array:
+    """The larger of each two neighbours along an axis; a last one without a neighbour stays.
+
+    Its derivative takes a few elementwise steps, where that of a window reduction searches each window on a CPU.
+    """
+    odd = x.shape[axis] % 2
+    pairs = jnp.pad(x, [(0, odd if i == axis else 0) for i in range(x.ndim)], mode="edge") if odd else x
+    pairs = pairs.reshape(*x.shape[:axis], -1, 2, *x.shape[axis + 1 :])
+    return jnp.maximum(*(jax.lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1)))
 
 
 def _kernel_shape(kernel_size: int | Sequence[int], input_dim: int) -> tuple[int, ...]:

@@ -119,7 +119,7 @@ class FlaxTransformer(nn.Module):
     @property
     def input_spec(self) -> InputSpec:
         """Token ids below ``vocab_size``, in sequences up to ``max_length``."""
-        return InputSpec(tokens=True, vocab_size=self.vocab_size, max_length=self.max_length)
+        return InputSpec(tokens=True, vocab_size=self.vocab_size, max_length=self.max_length, pad_token=self.pad_token)
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """One shape twice: no parameter's shape depends on the input."""
