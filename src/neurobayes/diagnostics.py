@@ -164,6 +164,23 @@ def diagnose(
     are of the exact posterior, or of the ``approximation`` of that name, whose importance ratios may have been judged
     by ``pareto_k``. Several backbones share the effective draws that one would need.
     """
+    figures = _figures(quantities, stats, max_tree_depth, independent=independent)
+    complaints = _complaints(figures, MIN_ESS / num_backbones)
+    if not np.all(np.isfinite(quantities)):
+        problem = "some predictions or noise levels are not finite in some draws"
+        complaints.insert(0, (problem, "lower priors_sigma, or standardise the inputs (standardize=True)"))
+    if pareto_k > PARETO_K_LIMIT:
+        problem = f"the {approximation} approximation is far from the posterior (Pareto k {pareto_k:.2f})"
+        complaints.insert(0, (problem, "use engine='nuts'"))
+    if independent and not complaints:
+        verdict = _praise(figures["num_chains"] * figures["num_draws"], approximation, pareto_k)
+    else:
+        verdict = _sentence(complaints, figures)
+    return Diagnostics(**figures, ok=not complaints, verdict=verdict)
+
+
+def _figures(quantities: np.ndarray, stats: dict[str, np.ndarray], max_tree_depth: int, *, independent: bool) -> dict:
+    """What ``Diagnostics`` reports of a run."""
     num_chains, num_draws = quantities.shape[:2]
     finite = quantities[..., np.all(np.isfinite(quantities), axis=(0, 1))]
     varying = finite[..., np.ptp(finite, axis=(0, 1)) > 0]
@@ -175,44 +192,33 @@ def diagnose(
     else:
         r_hat = split_r_hat(varying)
         bulk, tail = effective_sample_size(varying, "bulk"), effective_sample_size(varying, "tail")
-    divergent = int(np.sum(stats.get("diverging", np.zeros((1, 1), bool))))
     steps = stats.get("num_steps")
-    saturated = float(np.mean(steps >= 2**max_tree_depth - 1)) if steps is not None else 0.0
-    e_bfmi = energy_fraction(stats["energy"]) if "energy" in stats and num_draws > 2 else float("nan")
-    figures = {
+    return {
         "r_hat": float(np.max(r_hat)),
         "ess_bulk": float(np.min(bulk)),
         "ess_tail": float(np.min(tail)),
         "ess_bulk_median": float(np.median(bulk)),
-        "num_divergent": divergent,
-        "saturated": saturated,
-        "e_bfmi": e_bfmi,
+        "num_divergent": int(np.sum(stats.get("diverging", np.zeros((1, 1), bool)))),
+        "saturated": float(np.mean(steps >= 2**max_tree_depth - 1)) if steps is not None else 0.0,
+        "e_bfmi": energy_fraction(stats["energy"]) if "energy" in stats and num_draws > 2 else float("nan"),
         "num_chains": num_chains,
         "num_draws": num_draws,
     }
-    complaints = _complaints(figures, MIN_ESS / num_backbones)
-    if not np.all(np.isfinite(quantities)):
-        problem = "some predictions or noise levels are not finite in some draws"
-        complaints.insert(0, (problem, "lower priors_sigma, or standardise the inputs (standardize=True)"))
-    if pareto_k > PARETO_K_LIMIT:
-        problem = f"the {approximation} approximation is far from the posterior (Pareto k {pareto_k:.2f})"
-        complaints.insert(0, (problem, "use engine='nuts'"))
-    verdict = _sentence(complaints, figures)
-    if independent and approximation and not complaints and pareto_k <= PARETO_K_LIMIT:
-        verdict = (
-            f"All {num_chains * num_draws} are independent draws of a {approximation} approximation, which is close to "
-            f"the posterior (Pareto k {pareto_k:.2f}, at most {PARETO_K_LIMIT})."
+
+
+def _praise(total: int, approximation: str, pareto_k: float) -> str:
+    """The verdict on independent draws without a complaint."""
+    if not approximation:
+        return f"The draws can be trusted: all {total} are independent draws of the exact posterior."
+    if pareto_k <= PARETO_K_LIMIT:
+        return (
+            f"All {total} are independent draws of a {approximation} approximation, which is close to the posterior "
+            f"(Pareto k {pareto_k:.2f}, at most {PARETO_K_LIMIT})."
         )
-    elif independent and approximation and not complaints:
-        verdict = (
-            f"All {num_chains * num_draws} are independent draws of a {approximation} approximation, whose distance "
-            "from the posterior they do not show: compare with engine='nuts' where it matters."
-        )
-    elif independent and not complaints:
-        verdict = (
-            f"The draws can be trusted: all {num_chains * num_draws} are independent draws of the exact posterior."
-        )
-    return Diagnostics(**figures, ok=not complaints, verdict=verdict)
+    return (
+        f"All {total} are independent draws of a {approximation} approximation, whose distance from the posterior "
+        "they do not show: compare with engine='nuts' where it matters."
+    )
 
 
 def _complaints(f: dict, min_ess: float) -> list[tuple[str, str]]:

@@ -23,8 +23,11 @@ from .networks.base import InputSpec, Layer, Network
 MOST_BLOCKS = 4
 """Each block is one more copy of the network to compile."""
 
-CANDIDATES = 16
-"""Lengths among which those of the blocks are chosen: quantiles of the lengths of the rows."""
+WIDTHS = tuple(sorted(factor << power for factor in (2, 3) for power in range(1, 16)))
+"""Of blocks: 4, 6, 8, 12, 16, …, so that a few more rows hardly ever ask for another program."""
+
+SHARES = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
+"""To one of these the shares of longer rows are rounded up, for the same reason."""
 
 SLACK = 3.0
 """A block has room for as many standard deviations more rows than belong there in a batch on average."""
@@ -121,12 +124,12 @@ def with_short_rows(network: Network, x: Any, batch: int) -> Network:
     if pad_token is None or jax.default_backend() != "cpu":
         return network
     x = np.asarray(x)
-    lengths = np.maximum(_lengths(x, pad_token, np), 1)
-    candidates = np.unique(np.quantile(lengths, np.linspace(0, 1, CANDIDATES), method="higher"))
-    longest, shorter = int(candidates[-1]), candidates[-2::-1].tolist()
+    lengths = _lengths(x, pad_token, np)
+    longest = min(x.shape[1], next((width for width in WIDTHS if width >= lengths.max()), x.shape[1]))
+    shorter = [width for width in reversed(WIDTHS) if lengths.min() <= width < longest]
 
     def plan(chosen: tuple[int, ...]) -> tuple[int, tuple[int, ...], tuple[float, ...]]:
-        shares = (*(float(np.mean(lengths > width)) for width in chosen), 1.0)
+        shares = (*(next(q for q in SHARES if q >= np.mean(lengths > width)) for width in chosen), 1.0)
         widths = (longest, *chosen)
         sizes = np.diff(block_ends(batch, shares), prepend=0)
         return int(np.dot(sizes, widths)), widths, shares
@@ -136,6 +139,11 @@ def with_short_rows(network: Network, x: Any, batch: int) -> Network:
     if tokens > WORTHWHILE * batch * x.shape[1]:
         return network
     return ShortRows(network, pad_token, widths, shares)
+
+
+def without_blocks(network: Network) -> Network:
+    """The network behind one that leaves out padding, any other as it is."""
+    return network.network if isinstance(network, ShortRows) else network
 
 
 def block_ends(num_rows: int, shares: tuple[float, ...]) -> tuple[int, ...]:

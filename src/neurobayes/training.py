@@ -18,6 +18,7 @@ from ._compiling import QuickJit
 from ._threads import beside
 from ._typing import Array, Key, Params, State
 from .errors import TrainingError
+from .short_rows import without_blocks
 from .training_steps import EPOCHS_PER_CALL, Program, Progress, Rows, Settings, make_optimizer, run_epochs
 from .weight_statistics import TrainingStatistics
 
@@ -90,7 +91,8 @@ def compile_ahead(
 
 def _at_start(program: Program) -> Program:
     """The program without what only matters later, so that a search and a run share what initialises them."""
-    return dataclasses.replace(program, batch_size=None, monitor=None, early_stopping=False)
+    network = without_blocks(program.network)
+    return dataclasses.replace(program, network=network, batch_size=None, monitor=None, early_stopping=False)
 
 
 def _with_room(program: Program, progress: Progress, averages: bool) -> Progress:

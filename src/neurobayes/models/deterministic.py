@@ -30,6 +30,7 @@ from .base import (
     softmax,
     to_target_shape,
 )
+from .deterministic_stage import trained_network
 from .progress import progress
 
 LOSSES: dict[str, Likelihood] = {"mse": Gaussian(), "gaussian": Gaussian(), "cross_entropy": Categorical()}
@@ -228,9 +229,10 @@ class DeterministicNN:
         before = self._require_trained() if warm_start else None
         prepared = self._prepare(X, y, before)
         validation = None if validation_data is None else self._validation_rows(validation_data, prepared)
+        whole = self._optimizer == "lbfgs"
         program = training.Program(
-            self._network, self._likelihood, self._optimizer,
-            None if self._optimizer == "lbfgs" else default_batch_size(prepared.num_rows, batch_size),
+            self._network if whole else trained_network(self._network, prepared, epochs, batch_size),
+            self._likelihood, self._optimizer, None if whole else default_batch_size(prepared.num_rows, batch_size),
             "validation" if validation is not None else None, stopping is not None, track_statistics,
         )  # fmt: skip
         steps = training.num_steps_per_epoch(program, prepared.num_rows)

@@ -73,8 +73,11 @@ _SCALES = 0.5 * len(backbones.SIGMA_GRID)
 LEAST_EPOCHS = 30
 """Four backbones are trained for so long anyway."""
 
-LONG_EPOCH = 1e8
-"""Floating-point operations of an epoch from which it pays to compile a network that leaves out padding."""
+MUCH_WORK = 2e11
+"""Floating-point operations of a training from which it pays to compile a network that leaves out padding."""
+
+_FEW_EPOCHS = 100
+"""Epochs that a run whose length is not given has at least, or nearly so."""
 
 _ONE_PART = np.zeros(1, int)
 
@@ -270,12 +273,16 @@ def _longest(plan: Any, options: PretrainingOptions) -> int:
 
 
 def _trained_network(plan: Any, options: PretrainingOptions) -> Network:
-    return trained_network(plan.network, plan.prepared, options.batch_size)
+    runs = plan.num_backbones * (_SCALES if options.sigma == "auto" else 1)
+    return trained_network(plan.network, plan.prepared, runs * (options.epochs or _FEW_EPOCHS), options.batch_size)
 
 
-def trained_network(network: Network, prepared: Any, batch_size: int | None = None) -> Network:
-    """The network as its training applies it: without most of the padding of token rows, where that saves much."""
-    if network.input_spec.pad_token is None or epoch_work(network, prepared) < LONG_EPOCH:
+def trained_network(network: Network, prepared: Any, epochs: float, batch_size: int | None = None) -> Network:
+    """The network as its training applies it: without most of the padding of token rows, where that saves much.
+
+    ``epochs`` are those of all networks that are trained.
+    """
+    if network.input_spec.pad_token is None or epochs * epoch_work(network, prepared) < MUCH_WORK:
         return network
     rows = len(prepared.rows.real)
     return with_short_rows(network, prepared.rows.x, default_batch_size(rows, batch_size) or rows)
@@ -394,7 +401,7 @@ def how_many(network: Network, prepared: Any, wanted: int | str, bayesian: Bayes
         few = bayesian.size > MANY_SAMPLED
         return min(2 if few else SAMPLED_BACKBONES, prepared.num_rows)
     steps = -(-prepared.num_rows // (default_batch_size(prepared.num_rows, None) or prepared.num_rows))
-    network = trained_network(network, prepared)
+    network = trained_network(network, prepared, SAMPLED_BACKBONES * _FEW_EPOCHS)
     work = epoch_work(network, prepared) * default_epochs(steps, backbones.MOST_EPOCHS) * _SCALES
     affordable = MOST_WORK / max(1.0, work)
     step, most = backbone_runs.GROUP, SMALL_BACKBONES if prepared.num_rows < SMALL_ROWS else EXACT_BACKBONES
