@@ -16,7 +16,7 @@ import neurobayes as nb
 from neurobayes import _threads, mixture, predictive
 from neurobayes.diagnostics import combine
 from neurobayes.errors import CalibrationWarning, CheckpointError, ConvergenceWarning, DataError, OptionError
-from neurobayes.models import deterministic_stage, members, resuming
+from neurobayes.models import deterministic_stage, extent, members, resuming
 
 pytestmark = pytest.mark.filterwarnings("ignore::neurobayes.errors.ConvergenceWarning")
 EXACT = {"sgd_epochs": 25, "num_samples": 200, "progress_bar": False, "seed": 0}
@@ -490,9 +490,9 @@ class TestNumber:
     def test_few_rows_have_twice_as_many(self, data):
         options = {**EXACT, "sgd_epochs": 2, "map_sigma": 1.0}
         found = fit(*data, options=options)
-        assert np.bincount(found.backbones.parts)[0] == deterministic_stage.SMALL_BACKBONES
-        more = [np.resize(values, (deterministic_stage.SMALL_ROWS, *values.shape[1:])) for values in data]
-        assert len(fit(*more, options=options).backbones.members) == deterministic_stage.EXACT_BACKBONES
+        assert np.bincount(found.backbones.parts)[0] == extent.SMALL_BACKBONES
+        more = [np.resize(values, (extent.SMALL_ROWS, *values.shape[1:])) for values in data]
+        assert len(fit(*more, options=options).backbones.members) == extent.EXACT_BACKBONES
 
     def test_one_warns_and_is_never_calibrated(self, data):
         options = {**EXACT, "map_sigma": 1.0, "sgd_epochs": 5}

@@ -12,7 +12,7 @@ from neurobayes import backbone_runs, backbones, out_of_fold, schedules, trainin
 from neurobayes.data import pad_rows, row_weights
 from neurobayes.errors import TrainingError
 from neurobayes.likelihoods import Categorical, Gaussian
-from neurobayes.models import deterministic_stage
+from neurobayes.models import extent
 from neurobayes.networks import as_network
 from neurobayes.predictive import deterministic_outputs
 from neurobayes.pretraining import PretrainingOptions
@@ -274,22 +274,20 @@ class TestExtent:
     @pytest.mark.parametrize("num_backbones", [1, 2, 4, 16])
     def test_a_run_is_shorter_where_an_epoch_is_more_work(self, num_backbones):
         wide = as_network(nb.FlaxMLP([64, 64], 1))
-        longest = [
-            deterministic_stage.longest_run(wide, self.prepared(n), num_backbones) for n in (10**3, 10**5, 10**9)
-        ]
-        assert longest[0] > longest[1] > longest[2] == deterministic_stage.LEAST_EPOCHS
-        work = deterministic_stage.epoch_work(wide, self.prepared(10**5))
+        longest = [extent.longest_run(wide, self.prepared(n), num_backbones) for n in (10**3, 10**5, 10**9)]
+        assert longest[0] > longest[1] > longest[2] == extent.LEAST_EPOCHS
+        work = extent.epoch_work(wide, self.prepared(10**5))
         runs = 1 + 2 if num_backbones == 1 else 2 * min(num_backbones, 4)  # half of four scales'
-        assert longest[1] == pytest.approx(deterministic_stage.MOST_WORK / (runs * work), rel=0.05)
+        assert longest[1] == pytest.approx(extent.MOST_WORK / (runs * work), rel=0.05)
 
     def test_a_given_prior_scale_leaves_more_epochs(self):
         network, prepared = as_network(nb.FlaxMLP([64, 64], 1)), self.prepared(10**5)
-        searched, given = (deterministic_stage.longest_run(network, prepared, 4, searched=s) for s in (True, False))
+        searched, given = (extent.longest_run(network, prepared, 4, searched=s) for s in (True, False))
         assert given == pytest.approx(2 * searched, rel=0.01)  # one run in place of half of four
 
     def test_work_is_counted(self):
         """Two products of matrices, forwards and twice backwards, and little else."""
-        work = deterministic_stage.epoch_work(as_network(nb.FlaxMLP([512, 512], 1)), self.prepared(100))
+        work = extent.epoch_work(as_network(nb.FlaxMLP([512, 512], 1)), self.prepared(100))
         assert work == pytest.approx(3 * 100 * 2 * (2 * 512 + 512 * 512 + 512), rel=0.05)
 
     def test_the_longest_run_bounds_only_the_default(self):

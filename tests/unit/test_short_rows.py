@@ -10,7 +10,7 @@ import pytest
 
 import neurobayes as nb
 from neurobayes import short_rows
-from neurobayes.models import deterministic_stage
+from neurobayes.models import extent
 from neurobayes.networks.adapters import as_network
 from neurobayes.networks.base import InputSpec
 
@@ -157,13 +157,11 @@ def test_a_fit_is_that_of_whole_rows_with_less_work(rows, monkeypatch):
     def predicted():
         return nb.PartialBNN(net, num_backbones=4).fit(rows, y, **options).predict(rows[:10])
 
-    monkeypatch.setattr(deterministic_stage, "MUCH_WORK", np.inf)
+    monkeypatch.setattr(extent, "MUCH_WORK", np.inf)
     mean, var = predicted()
-    monkeypatch.setattr(deterministic_stage, "MUCH_WORK", 0.0)
+    monkeypatch.setattr(extent, "MUCH_WORK", 0.0)
     used = []
-    monkeypatch.setattr(
-        deterministic_stage, "with_short_rows", lambda *a: used.append(short_rows.with_short_rows(*a)) or used[-1]
-    )
+    monkeypatch.setattr(extent, "with_short_rows", lambda *a: used.append(short_rows.with_short_rows(*a)) or used[-1])
     narrow_mean, narrow_var = predicted()
     assert used and all(isinstance(network, short_rows.ShortRows) for network in used)
     np.testing.assert_allclose(narrow_mean, mean, atol=0.01 * np.std(y))

@@ -30,7 +30,7 @@ from .base import (
     softmax,
     to_target_shape,
 )
-from .deterministic_stage import trained_network
+from .extent import trained_network
 from .progress import progress
 
 LOSSES: dict[str, Likelihood] = {"mse": Gaussian(), "gaussian": Gaussian(), "cross_entropy": Categorical()}

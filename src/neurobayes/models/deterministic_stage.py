@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -10,74 +9,31 @@ import jax
 import numpy as np
 
 from .. import (
-    backbone_runs,
     backbones,
     left_out,
-    linearity,
     out_of_fold,
     predictive,
     pretraining,
     priors,
     regularisation,
-    selectors,
-    trees,
 )
 from .._threads import beside
 from .._typing import Key, Params, State
 from ..backbones import Backbones
 from ..checkpoint import Checkpoint
 from ..errors import CalibrationWarning, ConvergenceWarning, OptionError, UnitsWarning
-from ..hoisting import hoist_network
-from ..inference.auto import Auto
-from ..inference.base import Engine
-from ..inference.last_layer import MAX_SCALARS, LastLayer
-from ..network_info import NetworkInfo
 from ..networks.base import Network
-from ..partition import Partition
 from ..pretraining import (
-    BATCH_ROWS,
     DEFAULT_EPOCHS,
     Pretrained,
     PretrainingOptions,
-    default_batch_size,
-    default_epochs,
     pretrain,
 )
-from ..short_rows import ShortRows, with_short_rows
-from . import resuming
+from . import extent, resuming
 from .base import Prepared, abstract_key, compressed
-from .choosing import resolve_untrained
 from .progress import Report
 
 MIN_NOISE_START = 1e-3
-
-EXACT_BACKBONES = 16
-"""Backbones by default where the posterior of each is known in closed form."""
-
-SMALL_ROWS = 128
-SMALL_BACKBONES = 32
-"""With fewer rows than this twice as many: they are cheap there, and every row is then new to eight."""
-
-SAMPLED_BACKBONES = 4
-"""Backbones by default where each needs a sampler of its own."""
-
-MANY_SAMPLED = 1000
-"""With more Bayesian weights than this to sample, two backbones by default: sampling is slow, and much is random."""
-
-MOST_WORK = 8e12
-"""Floating-point operations of all training at most, where its extent is the default; some minutes on two cores."""
-
-_SCALES = 0.5 * len(backbones.SIGMA_GRID)
-"""Prior scales that are trained to the end, where they are searched: half of the runs end early."""
-
-LEAST_EPOCHS = 30
-"""Four backbones are trained for so long anyway."""
-
-MUCH_WORK = 2e11
-"""Floating-point operations of a training from which it pays to compile a network that leaves out padding."""
-
-_FEW_EPOCHS = 100
-"""Epochs that a run whose length is not given has at least, or nearly so."""
 
 _ONE_PART = np.zeros(1, int)
 
@@ -148,8 +104,8 @@ def train(
         )
     if pretrained is None:
         pretrained = pretrain(
-            _trained_network(plan, options), plan.likelihood, key, rows, _assumed_noise(plan), options, seed=seed,
-            groups=plan.prepared.groups, most_epochs=min(DEFAULT_EPOCHS, _longest(plan, options)),
+            extent.network_in_training(plan, options), plan.likelihood, key, rows, _assumed_noise(plan), options,
+            seed=seed, groups=plan.prepared.groups, most_epochs=min(DEFAULT_EPOCHS, extent.longest(plan, options)),
             on_progress=_reporter(report),
         )  # fmt: skip
         if checkpoint is not None:
@@ -166,8 +122,8 @@ def compile_ahead(plan: Any, key: Key, options: PretrainingOptions) -> bool:
     if not trains or not regularisation.one_by_one():
         return False
     options = dataclasses.replace(options, track_statistics=plan.needs_statistics)
-    rows, noise, longest = plan.prepared.rows, _assumed_noise(plan), _longest(plan, options)
-    network = _trained_network(plan, options)
+    rows, noise, longest = plan.prepared.rows, _assumed_noise(plan), extent.longest(plan, options)
+    network = extent.network_in_training(plan, options)
     if plan.num_backbones > 1:
         beside(lambda: backbones.compile_ahead(
             network, plan.likelihood, key, rows, noise, options, plan.num_backbones,
@@ -189,9 +145,9 @@ def _ensemble(plan, key, seed, options, report, checkpoint) -> Stage:
         )
     if ensemble is None:
         ensemble = backbones.train_backbones(
-            _trained_network(plan, options), plan.likelihood, key, rows, _assumed_noise(plan), options,
+            extent.network_in_training(plan, options), plan.likelihood, key, rows, _assumed_noise(plan), options,
             plan.num_backbones, stacked=plan.exact is not None, seed=seed, groups=plan.prepared.groups,
-            most_epochs=min(backbones.MOST_EPOCHS, _longest(plan, options)),
+            most_epochs=min(backbones.MOST_EPOCHS, extent.longest(plan, options)),
             on_progress=_reporter(report), compressed=None if other is None else other.rows.x,
         )  # fmt: skip
         if checkpoint is not None:
@@ -267,27 +223,6 @@ def _unseen_rmse(plan: Any, params: list[Params], state: State, weights: np.ndar
     ])  # fmt: skip
 
 
-def _longest(plan: Any, options: PretrainingOptions) -> int:
-    network = _trained_network(plan, options)
-    return longest_run(network, plan.prepared, plan.num_backbones, searched=options.sigma == "auto")
-
-
-def _trained_network(plan: Any, options: PretrainingOptions) -> Network:
-    runs = plan.num_backbones * (_SCALES if options.sigma == "auto" else 1)
-    return trained_network(plan.network, plan.prepared, runs * (options.epochs or _FEW_EPOCHS), options.batch_size)
-
-
-def trained_network(network: Network, prepared: Any, epochs: float, batch_size: int | None = None) -> Network:
-    """The network as its training applies it: without most of the padding of token rows, where that saves much.
-
-    ``epochs`` are those of all networks that are trained.
-    """
-    if network.input_spec.pad_token is None or epochs * epoch_work(network, prepared) < MUCH_WORK:
-        return network
-    rows = len(prepared.rows.real)
-    return with_short_rows(network, prepared.rows.x, default_batch_size(rows, batch_size) or rows)
-
-
 def _reporter(report: Report):
     return lambda done, total, loss: report("training", done, total, f"loss {loss:.4g}")
 
@@ -349,100 +284,6 @@ def warn_of_rate(plan: Any, stage: Stage, rate: Any) -> None:
             ConvergenceWarning,
             stacklevel=4,
         )
-
-
-class Bayesian(NamedTuple):
-    """What is known before training of the Bayesian part: how many weights, and which if their posterior is exact.
-
-    ``from_inputs`` is whether the whole first layer is Bayesian, so that nothing learnt is below.
-    """
-
-    size: int
-    exact: Partition | None = None
-    from_inputs: bool = False
-
-
-def foresee(
-    network: Network, x: Any, template: Params, choice: selectors.Selector | None, config: Any, info: Any,
-    engine: Engine | None, *, gaussian: bool,
-) -> Bayesian:  # fmt: skip
-    """The size of the Bayesian part, and whether its posterior will be known in closed form above each backbone.
-
-    That takes ``gaussian`` noise of one level.
-    """
-    selected = 0 if config is None else len(config.layer_names or ()) * config.num_pairs_per_layer
-    if choice is None or choice.stands_alone:
-        return Bayesian(selected)
-    partition = resolve_untrained(choice, info, template)
-    from_inputs = _has_first_layer(partition, info)
-    solvable = gaussian and (engine is None or isinstance(engine, Auto | LastLayer))
-    if not solvable or config is not None or partition.size > MAX_SCALARS:
-        return Bayesian(partition.size + selected, from_inputs=from_inputs)
-    row = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
-    params, state = jax.eval_shape(network.init, abstract_key(), row)
-    hoisted = hoist_network(network, partition, params, state, row)
-    affine = linearity.late_is_affine(hoisted, partition.size, hoisted.carry_avals)
-    return Bayesian(partition.size, partition if affine else None, from_inputs)
-
-
-def _has_first_layer(partition: Partition, info: NetworkInfo) -> bool:
-    counts = partition.counts()
-    return all(counts.get(leaf, 0) == math.prod(info.shapes[leaf]) for leaf in info.layers[0].leaves)
-
-
-def how_many(network: Network, prepared: Any, wanted: int | str, bayesian: Bayesian) -> int:
-    """Number of backbones for each prior scale: what is wanted, or by default more where each is cheap.
-
-    Each leaves out a row, so there are no more of them than rows.
-    """
-    if wanted != "auto":
-        return min(int(wanted), prepared.num_rows)
-    if bayesian.exact is None:
-        few = bayesian.size > MANY_SAMPLED
-        return min(2 if few else SAMPLED_BACKBONES, prepared.num_rows)
-    steps = -(-prepared.num_rows // (default_batch_size(prepared.num_rows, None) or prepared.num_rows))
-    network = trained_network(network, prepared, SAMPLED_BACKBONES * _FEW_EPOCHS)
-    work = epoch_work(network, prepared) * default_epochs(steps, backbones.MOST_EPOCHS) * _SCALES
-    affordable = MOST_WORK / max(1.0, work)
-    step, most = backbone_runs.GROUP, SMALL_BACKBONES if prepared.num_rows < SMALL_ROWS else EXACT_BACKBONES
-    count = np.clip(step * math.floor(affordable / step), SAMPLED_BACKBONES, most)
-    return min(int(count), prepared.num_rows)
-
-
-def epoch_work(network: Network, prepared: Any) -> float:
-    """Floating-point operations of an epoch of one network, forwards and backwards."""
-    x, rows = prepared.rows.x, float(prepared.num_rows)
-    if not isinstance(network, ShortRows):
-        return 3.0 * rows * _row_work(network, (1, *x.shape[1:]), x.dtype)
-    blocks = network.blocks(BATCH_ROWS)
-    return (
-        3.0
-        * rows
-        / BATCH_ROWS
-        * sum((end - begin) * _row_work(network.network, (1, width), x.dtype) for begin, end, width in blocks)
-    )
-
-
-@functools.lru_cache(maxsize=64)
-def _row_work(network: Network, shape: tuple[int, ...], dtype: Any) -> float:
-    row = jax.ShapeDtypeStruct(shape, dtype)
-    params, state = jax.eval_shape(network.init, abstract_key(), row)
-    analysis = jax.jit(network.apply).lower(params, state, row).cost_analysis()
-    return float((analysis or {}).get("flops", 0.0)) or 2.0 * trees.num_scalars(params)
-
-
-def longest_run(network: Network, prepared: Any, num_backbones: int, *, searched: bool = True) -> int:
-    """Epochs that the default number of backbones can have: fewer where an epoch is much work, but some anyway.
-
-    ``searched`` is whether the prior scale is.
-    """
-    scales = _SCALES if searched else 1.0
-    if num_backbones > 1:
-        runs = min(num_backbones, SAMPLED_BACKBONES) * scales
-    else:
-        folds = min(left_out.MAX_FOLDS, max(1, regularisation.FOLD_ROWS // prepared.num_rows))
-        runs = 1 + folds * scales
-    return max(LEAST_EPOCHS, int(MOST_WORK / max(1.0, runs * epoch_work(network, prepared))))
 
 
 def warn_of_one(num_rows: int, *, partial: bool) -> None:

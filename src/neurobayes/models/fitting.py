@@ -35,7 +35,7 @@ from ..posterior import Posterior, joined
 from ..predictive import Source
 from ..pretraining import Pretrained, PretrainingOptions
 from ..schedules import AveragingConfig, LearningRate
-from . import deterministic_stage, resuming
+from . import deterministic_stage, extent, resuming
 from .base import Prepared, TrainedParams, abstract_key, check_rows, network_info, prepare
 from .choosing import check
 from .deterministic import DeterministicNN
@@ -175,11 +175,11 @@ def make_plan(
         _check_given(asked, statistics, 1 if warm else num_backbones)
     elif untrained:
         _check_untrained(asked, num_backbones, prior_mean)
-    bayesian = deterministic_stage.foresee(
+    bayesian = extent.foresee(
         network, prepared.rows.x, template, choice, config, info, engine, gaussian=type(likelihood) is Gaussian
     )
     single = weights is not None or untrained
-    count = 1 if single else deterministic_stage.how_many(network, prepared, num_backbones, bayesian)
+    count = 1 if single else extent.how_many(network, prepared, num_backbones, bayesian)
     return Plan(
         network=network,
         prepared=prepared,

@@ -22,7 +22,8 @@ from ..predictive import Source
 from ..subspaces import RandomPart
 from . import resuming
 from .choosing import Trained, choose
-from .deterministic_stage import Stage, epoch_work
+from .deterministic_stage import Stage
+from .extent import epoch_work
 from .progress import Report
 from .sampling import Sampling, judge, on_host, sample, stopping_rule, with_draws
 
