@@ -127,10 +127,10 @@ def with_short_rows(network: Network, x: Any, batch: int) -> Network:
     lengths = _lengths(x, pad_token, np)
     longest = min(x.shape[1], next((width for width in WIDTHS if width >= lengths.max()), x.shape[1]))
     shorter = [width for width in reversed(WIDTHS) if lengths.min() <= width < longest]
+    longer = {width: next(q for q in SHARES if q >= np.mean(lengths > width)) for width in shorter}
 
     def plan(chosen: tuple[int, ...]) -> tuple[int, tuple[int, ...], tuple[float, ...]]:
-        shares = (*(next(q for q in SHARES if q >= np.mean(lengths > width)) for width in chosen), 1.0)
-        widths = (longest, *chosen)
+        widths, shares = (longest, *chosen), (*(longer[width] for width in chosen), 1.0)
         sizes = np.diff(block_ends(batch, shares), prepend=0)
         return int(np.dot(sizes, widths)), widths, shares
 

@@ -168,7 +168,16 @@ def test_a_fit_is_that_of_whole_rows_with_less_work(rows, monkeypatch):
     np.testing.assert_allclose(narrow_var, var, rtol=0.05)
 
 
-def test_own_networks_declare_their_padding():
+def test_own_networks_declare_their_padding(rows):
     spec = InputSpec(tokens=True, vocab_size=9, pad_token=PAD)
+
+    def mean_of_tokens(params, x):
+        return jnp.sum(jnp.where(x == PAD, 0.0, params["value"][x]), axis=1) / jnp.maximum(jnp.sum(x != PAD, axis=1), 1)
+
+    mean_of_tokens.input_spec = spec
+    own = short_rows.with_short_rows(as_network((mean_of_tokens, {"value": jnp.arange(9.0)})), rows, 64)
+    assert isinstance(own, short_rows.ShortRows)
+    weights = own.init(jax.random.key(0), rows[:1])
+    np.testing.assert_allclose(own.apply(*weights, rows), own.network.apply(*weights, rows), rtol=1e-6)
     assert nb.FlaxTransformer(9, WIDTH, 1, pad_token=PAD).input_spec.pad_token == spec.pad_token == PAD
     assert nb.FlaxTransformer(9, WIDTH, 1).input_spec.pad_token is None

@@ -8,27 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from .. import (
-    backbones,
-    left_out,
-    out_of_fold,
-    predictive,
-    pretraining,
-    priors,
-    regularisation,
-)
+from .. import backbones, left_out, out_of_fold, predictive, pretraining, priors, regularisation
 from .._threads import beside
 from .._typing import Key, Params, State
 from ..backbones import Backbones
 from ..checkpoint import Checkpoint
 from ..errors import CalibrationWarning, ConvergenceWarning, OptionError, UnitsWarning
 from ..networks.base import Network
-from ..pretraining import (
-    DEFAULT_EPOCHS,
-    Pretrained,
-    PretrainingOptions,
-    pretrain,
-)
+from ..pretraining import DEFAULT_EPOCHS, Pretrained, PretrainingOptions, pretrain
 from . import extent, resuming
 from .base import Prepared, abstract_key, compressed
 from .progress import Report
@@ -103,10 +90,10 @@ def train(
             checkpoint, plan.template, state_template(plan.network, plan.prepared.rows.x)
         )
     if pretrained is None:
+        network, longest = extent.of_training(plan, options)
         pretrained = pretrain(
-            extent.network_in_training(plan, options), plan.likelihood, key, rows, _assumed_noise(plan), options,
-            seed=seed, groups=plan.prepared.groups, most_epochs=min(DEFAULT_EPOCHS, extent.longest(plan, options)),
-            on_progress=_reporter(report),
+            network, plan.likelihood, key, rows, _assumed_noise(plan), options, seed=seed,
+            groups=plan.prepared.groups, most_epochs=min(DEFAULT_EPOCHS, longest), on_progress=_reporter(report),
         )  # fmt: skip
         if checkpoint is not None:
             resuming.save_trained(checkpoint, pretrained)
@@ -122,8 +109,8 @@ def compile_ahead(plan: Any, key: Key, options: PretrainingOptions) -> bool:
     if not trains or not regularisation.one_by_one():
         return False
     options = dataclasses.replace(options, track_statistics=plan.needs_statistics)
-    rows, noise, longest = plan.prepared.rows, _assumed_noise(plan), extent.longest(plan, options)
-    network = extent.network_in_training(plan, options)
+    rows, noise = plan.prepared.rows, _assumed_noise(plan)
+    network, longest = extent.of_training(plan, options)
     if plan.num_backbones > 1:
         beside(lambda: backbones.compile_ahead(
             network, plan.likelihood, key, rows, noise, options, plan.num_backbones,
@@ -144,10 +131,11 @@ def _ensemble(plan, key, seed, options, report, checkpoint) -> Stage:
             checkpoint, plan.template, state_template(plan.network, plan.prepared.rows.x)
         )
     if ensemble is None:
+        network, longest = extent.of_training(plan, options)
         ensemble = backbones.train_backbones(
-            extent.network_in_training(plan, options), plan.likelihood, key, rows, _assumed_noise(plan), options,
-            plan.num_backbones, stacked=plan.exact is not None, seed=seed, groups=plan.prepared.groups,
-            most_epochs=min(backbones.MOST_EPOCHS, extent.longest(plan, options)),
+            network, plan.likelihood, key, rows, _assumed_noise(plan), options, plan.num_backbones,
+            stacked=plan.exact is not None, seed=seed, groups=plan.prepared.groups,
+            most_epochs=min(backbones.MOST_EPOCHS, longest),
             on_progress=_reporter(report), compressed=None if other is None else other.rows.x,
         )  # fmt: skip
         if checkpoint is not None:

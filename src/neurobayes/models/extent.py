@@ -154,13 +154,9 @@ def trained_network(network: Network, prepared: Any, epochs: float, batch_size: 
     return with_short_rows(network, prepared.rows.x, default_batch_size(rows, batch_size) or rows)
 
 
-def network_in_training(plan: Any, options: PretrainingOptions) -> Network:
-    """The network as the training of a plan applies it."""
-    runs = plan.num_backbones * (_SCALES if options.sigma == "auto" else 1)
-    return trained_network(plan.network, plan.prepared, runs * (options.epochs or _FEW_EPOCHS), options.batch_size)
-
-
-def longest(plan: Any, options: PretrainingOptions) -> int:
-    """Epochs that the training of a plan can have where their number is not given."""
-    network = network_in_training(plan, options)
-    return longest_run(network, plan.prepared, plan.num_backbones, searched=options.sigma == "auto")
+def of_training(plan: Any, options: PretrainingOptions) -> tuple[Network, int]:
+    """The network as the training of a plan applies it, and the epochs that are affordable where none are given."""
+    searched = options.sigma == "auto"
+    epochs = plan.num_backbones * (_SCALES if searched else 1) * (options.epochs or _FEW_EPOCHS)
+    network = trained_network(plan.network, plan.prepared, epochs, options.batch_size)
+    return network, longest_run(network, plan.prepared, plan.num_backbones, searched=searched)
