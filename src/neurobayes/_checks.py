@@ -1,4 +1,4 @@
-"""Every check on what users hand in: data, options, random keys, weights.
+"""Every check on what users hand in: data, options, random keys; ``_weight_checks`` has those on weights.
 
 Each function returns its argument in the one form the library works with, or
 raises one error that says what was given and how to mend it; none changes it.
@@ -7,25 +7,21 @@ raises one error that says what was given and how to mend it; none changes it.
 import math
 import numbers
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import trees
-from ._typing import Key, Params
-from .errors import DataError, OptionError, ParameterError, nearest, unknown_choice
+from ._typing import Key
+from .errors import DataError, OptionError, nearest, unknown_choice
 
 if TYPE_CHECKING:
     from .networks.base import InputSpec
 
 Shape: TypeAlias = tuple[int, ...]
 Columns: TypeAlias = Sequence[Any] | None
-
-MEMORY_ALIGNMENT = 64
-"""Bytes whose multiples XLA wants the memory of an array to start at."""
 
 _NUMERIC_KINDS = "biuf"
 _REENCODE = "Re-encode with `classes, y = np.unique(y, return_inverse=True)`; `classes` maps predictions back."
@@ -49,7 +45,7 @@ def _require(ok: np.ndarray, array: np.ndarray, name: str, fault: str, fix: str,
         raise DataError(f"{name} has {count} {faults}, the first at {_where(first, columns)} ({array[first]}). {fix}")
 
 
-def _require_numbers(values: np.ndarray, label: str, remedy: str) -> np.ndarray:
+def require_numbers(values: np.ndarray, label: str, remedy: str) -> np.ndarray:
     if values.dtype.kind in _NUMERIC_KINDS:
         return values
     if jnp.issubdtype(values.dtype, jnp.floating):  # bfloat16 and the like
@@ -71,7 +67,7 @@ def _series_values(series: Any, label: str, remedy: str) -> np.ndarray:
     declared = getattr(getattr(series, "dtype", None), "kind", "O")
     if values.dtype.kind == "O" and declared in _NUMERIC_KINDS:  # pandas' nullable numbers, with gaps
         values = series.to_numpy(dtype=np.float64, na_value=np.nan)
-    return _require_numbers(values, label, remedy)
+    return require_numbers(values, label, remedy)
 
 
 def _read(
@@ -96,7 +92,7 @@ def _read(
         raise DataError(f"{name} is not a rectangular array of numbers ({error}).") from error
     if array.ndim == 0:
         raise DataError(f"{name} is a single {type(data).__name__}. Give an array with one row per example.")
-    return _require_numbers(array, name, remedy), None
+    return require_numbers(array, name, remedy), None
 
 
 def column_names(X: Any) -> tuple[str, ...] | None:
@@ -344,96 +340,3 @@ def as_key(rng_key: Any = None, seed: int | None = None) -> Key:
     if number >= 2**32:  # JAX would drop the high bits and different seeds would coincide
         raise OptionError(f"{name}={number} must be below 2**32.")
     return jax.random.key(number)
-
-
-def check_weights_structure(
-    given_params: Any, template_params: Params, *, name: str = "deterministic_weights"
-) -> Params:
-    """Given weights as a float32 pytree with the structure of the network's own.
-
-    Parameters
-    ----------
-    given_params : nested mappings or another pytree of arrays, bare or inside ``{'params': ...}``;
-        a flat mapping of paths (``Dense0.kernel``) also does.
-    template_params : the network's parameters, arrays or ``ShapeDtypeStruct``.
-    name : what to call the argument in the error.
-
-    Returns
-    -------
-    Copies of the given leaves in the template's pytree structure.
-
-    Raises
-    ------
-    ParameterError : lists every leaf that is missing, unexpected, misshapen or not finite.
-    """
-    template = trees.shapes(template_params)
-    given = _given_leaves(given_params, template, name)
-    problems = [f"missing: {path}, shape {shape}" for path, shape in template.items() if path not in given]
-    leaves = {}
-    for path, leaf in given.items():
-        if path not in template:
-            problems.append(f"unexpected: {path}, shape {np.shape(leaf)}{nearest(path, template)}")
-            continue
-        values = _as_leaf(leaf)
-        if values is None:
-            problems.append(f"not an array of real numbers: {path}, a {type(leaf).__name__}")
-        elif values.shape != template[path]:
-            problems.append(f"wrong shape: {path} is {values.shape}, the network has {template[path]}")
-        elif not np.isfinite([values.min(initial=0.0), values.max(initial=0.0)]).all():  # a mask would be large
-            problems.append(f"not finite in single precision: {path}, {int((~np.isfinite(values)).sum())} values")
-        else:
-            leaves[path] = jax.device_put(values)
-    if problems:
-        lines = "\n  ".join(problems)
-        raise ParameterError(
-            f"{name} do not fit the network:\n  {lines}\n"
-            "Give finite weights of the same architecture, trained on inputs of the same shape. "
-            "`nb.print_layer_configs(network)` lists layers and shapes."
-        )
-    return trees.unflatten(leaves, template_params)
-
-
-def _given_leaves(given: Any, template: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The leaves a user gave, by path, without the ``params`` collection around them."""
-    wrapped = isinstance(given, Mapping) and "params" in given
-    if wrapped and not any(trees.is_under(path, "params") for path in template):
-        others = [str(other) for other in given if other != "params" and jax.tree.leaves(given[other])]
-        if others:  # dropping running means in silence would change the function
-            raise ParameterError(
-                f"{name} also holds the collections {', '.join(others)}, but only parameters are taken. "
-                f"Pass {name}['params'] if the others may stay as the network initialises them."
-            )
-        given = given["params"]
-    leaves = trees.flatten(_plain(given))
-    if "" in leaves and _as_leaf(leaves[""]) is None:
-        raise ParameterError(
-            f"{name} is a {type(given).__name__}. Give a nested dict of arrays, such as det_model.get_params()."
-        )
-    return leaves
-
-
-def _plain(tree: Any) -> Any:
-    """``tree`` with every mapping (``FrozenDict``, ``OrderedDict`` ...) as a dict with text keys."""
-    if isinstance(tree, Mapping):
-        return {str(key): _plain(value) for key, value in tree.items()}
-    return type(tree)(_plain(value) for value in tree) if type(tree) in (list, tuple) else tree
-
-
-def _as_leaf(leaf: Any) -> np.ndarray | None:
-    """A float32 copy of ``leaf``, which later changes to the user's array cannot reach; None if not numeric."""
-    try:
-        values = _require_numbers(np.asarray(leaf), "", "")
-        copy = _aligned_empty(values.shape)
-        with np.errstate(over="ignore"):
-            copy[...] = values
-        return copy
-    except (TypeError, ValueError):
-        return None
-
-
-def _aligned_empty(shape: tuple[int, ...]) -> np.ndarray:
-    """A float32 array that JAX on a CPU uses as it is: any other place in memory costs another copy, for each call."""
-    size = 4 * math.prod(shape)
-    buffer = np.empty(size + MEMORY_ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % MEMORY_ALIGNMENT
-    return buffer[start : start + size].view(np.float32).reshape(shape)

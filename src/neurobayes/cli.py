@@ -124,23 +124,23 @@ def csv_problem(
     group: str | None = None,
 ) -> Problem:
     """A CSV file split at random, by whole groups where a column names them, or a training and a test file."""
-    from . import datasets, tabular
+    from . import csv_files, datasets, tabular
 
     if test is not None and test_fraction is not None:
         raise errors.OptionError("--test and --test-fraction exclude each other. Leave out one of them.")
-    table = tabular.read(path)
+    table = csv_files.read(path)
     if group == target:
         raise errors.DataError(f"{target!r} is the target and cannot name groups.")
-    groups, notes = None if group is None else tabular.labels(table, group), ()
+    groups, notes = None if group is None else csv_files.labels(table, group), ()
     encoding = tabular.encode(table, target, task=task, ignore=drop if group is None else [*drop, group])
     X, y = encoding.transform(table)
     if test is not None:
-        held_out = tabular.read(test)
+        held_out = csv_files.read(test)
         X_train, y_train = X, y
         X_test, y_test = encoding.transform(held_out)
         lines = held_out.lines
         if groups is not None and group in held_out.columns:
-            notes = tuple(_shared_groups(groups, tabular.labels(held_out, group)))
+            notes = tuple(_shared_groups(groups, csv_files.labels(held_out, group)))
     else:
         fraction = 0.2 if test_fraction is None else test_fraction
         classes = y if encoding.classes and groups is None else None

@@ -1,136 +1,20 @@
-"""CSV files as X and y: numbers stay numbers, text becomes one-hot columns, faults name column and line."""
+"""Columns of a CSV file as X and y: numbers stay numbers, text becomes one-hot, faults name column and line."""
 
-import csv
 import dataclasses
-import itertools
 import math
-import os
-import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from . import errors
+from .csv_files import Table, check_exists, check_missing
 
-MISSING = frozenset({"", "?", "na", "n/a", "nan", "null"})
-"""Cells that count as missing, whatever their case; ``None`` and the errors of spreadsheets do, too."""
 MAX_CATEGORIES = 30
 """A text column with more distinct values than this is refused instead of one-hot encoded."""
 MAX_CLASSES = 50
 """A target with more distinct classes than this is refused."""
 
-_DELIMITERS = (",", ";", "\t")
-_SPREADSHEET_ERROR = re.compile(r"#N/A|#[A-Z0-9/]+[!?]")  # Excel's, such as #DIV/0! and #NAME?
-_SHOWN = 3  # how many faulty cells a message lists
 _FEW_VALUES = 10  # a whole-number target with no more distinct values than this may have been meant as classes
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Table:
-    """The cells of a CSV file as text.
-
-    Attributes
-    ----------
-    path : the file, for messages.
-    columns : name -> cells, stripped of surrounding blanks, in the order of the file.
-    lines : the 1-based line of the file on which each row starts.
-    """
-
-    path: str
-    columns: dict[str, list[str]]
-    lines: list[int]
-
-    def __len__(self) -> int:
-        """Number of rows of data."""
-        return len(self.lines)
-
-    def take(self, rows: Iterable[int]) -> "Table":
-        """The rows at these positions, in this order."""
-        rows = list(rows)
-        columns = {name: [cells[row] for row in rows] for name, cells in self.columns.items()}
-        return Table(self.path, columns, [self.lines[row] for row in rows])
-
-
-def read(path: str | os.PathLike[str]) -> Table:
-    """The CSV file at ``path``: a header row, then one row of data per record.
-
-    The delimiter (comma, semicolon or tab) is found from the first rows. A
-    byte-order mark, Windows line ends, quoted fields and empty lines are fine.
-
-    Raises
-    ------
-    DataError
-        If the file cannot be read as UTF-8 text, is empty or has no data rows,
-        if a column has no name or the name of another one, or if a row has
-        more or fewer fields than the header.
-    """
-    path = os.fspath(path)
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            delimiter = _delimiter(file)
-            file.seek(0)
-            records = _records(file, delimiter)
-    except FileNotFoundError:
-        raise errors.DataError(f"There is no file {path!r}. Check the path.") from None
-    except UnicodeDecodeError:
-        raise errors.DataError(f"{path} is not UTF-8 text. Save it as 'CSV UTF-8'.") from None
-    except OSError as error:
-        raise errors.DataError(f"{path} cannot be read: {error.strerror or error}.") from None
-    except csv.Error as error:
-        raise errors.DataError(f"{path} cannot be read as CSV: {error}. Look for an unclosed quote.") from None
-    if not records:
-        raise errors.DataError(f"{path} is empty. A header row and at least one row of data are needed.")
-    (_, header), *rows = records
-    header = _checked_header(path, header)
-    if not rows:
-        raise errors.DataError(f"{path} has a header but no rows of data.")
-    for line, record in rows:
-        if len(record) != len(header):
-            raise errors.DataError(
-                f"{path} line {line} has {len(record)} fields but the header has {len(header)}. "
-                "Quote fields that contain the delimiter."
-            )
-    columns = {name: [record[i].strip() for _, record in rows] for i, name in enumerate(header)}
-    return Table(path, columns, [line for line, _ in rows])
-
-
-def _records(file, delimiter: str) -> list[tuple[int, list[str]]]:
-    """(1-based first line, fields) of each record that is not an empty line."""
-    reader = csv.reader(file, delimiter=delimiter, strict=True)
-    records, line = [], 1
-    for record in reader:
-        if record:
-            records.append((line, record))
-        line = reader.line_num + 1  # a quoted field may hold line breaks
-    return records
-
-
-def _delimiter(file) -> str:
-    """The delimiter that cuts the first rows into equally many fields, or else the header into most."""
-    head = list(itertools.islice(file, 50))
-
-    def score(delimiter: str) -> tuple[bool, int]:
-        try:
-            widths = [len(record) for record in csv.reader(head, delimiter=delimiter) if record]
-        except csv.Error:
-            return False, 0
-        return bool(widths) and widths[0] > 1 and len(set(widths)) == 1, widths[0] if widths else 0
-
-    return max(_DELIMITERS, key=score)  # the first of equals: comma before the others
-
-
-def _checked_header(path: str, header: Sequence[str]) -> list[str]:
-    names = [name.strip() for name in header]
-    for position, name in enumerate(names, start=1):
-        if not name:
-            raise errors.DataError(
-                f"{path}: column {position} has no name in the header. Name it or remove it "
-                "(row numbers written by pandas are left out with to_csv(index=False))."
-            )
-        if names.index(name) != position - 1:
-            first = names.index(name) + 1
-            raise errors.DataError(f"{path}: columns {first} and {position} are both named {name!r}. Rename one.")
-    return names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +67,7 @@ class Encoding:
         """
         self._check_columns(table)
         used = [column.name for column in self.columns]
-        _check_missing(table, [*used, self.target])
+        check_missing(table, [*used, self.target])
         blocks = [_one_hot(table, c) if c.levels else _numbers(table, c.name)[:, None] for c in self.columns]
         X = np.concatenate(blocks, axis=1)
         return X, _labels(table, self.target, self.classes) if self.classes else _numbers(table, self.target)
@@ -228,39 +112,17 @@ def encode(table: Table, target: str, *, task: str = "auto", ignore: Iterable[st
         raise errors.DataError(f"{table.path} has only {len(table)} row of data. At least 2 are needed to train on.")
     ignored = tuple(ignore)
     for name in (target, *ignored):
-        _check_exists(table, name)
+        check_exists(table, name)
     if target in ignored:
         raise errors.DataError(f"{target!r} is the target and cannot be dropped.")
     features = [name for name in table.columns if name != target and name not in ignored]
-    _check_missing(table, [*features, target])
+    check_missing(table, [*features, target])
     _check_decimals(table, features if task == "classification" else [target, *features])
     classes = _classes(table, target, task)
     columns, dropped = _columns(table, features)
     if not columns:
         raise errors.DataError(f"{table.path} has no column to predict {target!r} from that is not constant.")
     return Encoding(columns, target, classes, dropped, ignored, tuple(_notes(table, target, task, classes, dropped)))
-
-
-def labels(table: Table, name: str) -> np.ndarray:
-    """The cells of a column as text, ``(n,)``: what groups of rows are called.
-
-    Raises
-    ------
-    DataError
-        If there is no such column, or a cell is missing.
-    """
-    _check_exists(table, name)
-    _check_missing(table, [name])
-    return np.array(table.columns[name], str)
-
-
-def _check_exists(table: Table, name: str) -> None:
-    if name not in table.columns:
-        known = list(table.columns)
-        listing = ", ".join(known[:20]) + (", …" if len(known) > 20 else "")
-        raise errors.DataError(
-            f"{table.path} has no column {name!r}{errors.nearest(name, known)}. Its columns: {listing}."
-        )
 
 
 def _columns(table: Table, features: Sequence[str]) -> tuple[tuple[Column, ...], tuple[str, ...]]:
@@ -295,26 +157,6 @@ def _notes(table: Table, target: str, task: str, classes: tuple[str, ...], dropp
                 f"{target!r} has only {len(values)} distinct whole numbers and is fitted as a quantity; "
                 "--task classification fits them as classes."
             )
-
-
-def _check_missing(table: Table, names: Sequence[str]) -> None:
-    cells = [
-        (line, name)
-        for name in names
-        for line, cell in zip(table.lines, table.columns[name], strict=True)
-        if _is_missing(cell)
-    ]
-    if cells:
-        shown = ", ".join(f"column {name!r} line {line}" for line, name in sorted(cells)[:_SHOWN])
-        more = ", …" if len(cells) > _SHOWN else ""
-        raise errors.DataError(
-            f"{table.path} has {len(cells)} missing value{'s' if len(cells) > 1 else ''}: {shown}{more}. "
-            "Fill them in, or leave out these rows or columns."
-        )
-
-
-def _is_missing(cell: str) -> bool:
-    return cell.lower() in MISSING or cell == "None" or _SPREADSHEET_ERROR.fullmatch(cell) is not None
 
 
 def _number(cell: str) -> float | None:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from neurobayes import tabular
+from neurobayes import csv_files, tabular
 from neurobayes.errors import DataError, OptionError
 
 
@@ -16,7 +16,7 @@ def write(tmp_path):
 
 
 def encoded(path, target="y", **options):
-    table = tabular.read(path)
+    table = csv_files.read(path)
     encoding = tabular.encode(table, target, **options)
     return encoding, *encoding.transform(table)
 
@@ -44,13 +44,13 @@ def test_dialects_read_the_same(write, content):
 
 
 def test_quoted_fields_may_hold_delimiters_and_line_breaks(write):
-    table = tabular.read(write('kind,y\n"a, ""b""",1\n"two\nlines",2\nplain,3\n'))
+    table = csv_files.read(write('kind,y\n"a, ""b""",1\n"two\nlines",2\nplain,3\n'))
     assert table.columns["kind"] == ['a, "b"', "two\nlines", "plain"]
     assert table.lines == [2, 3, 5]
 
 
 def test_decimal_commas_do_not_mislead_the_delimiter(write):
-    table = tabular.read(write("a;y\n1,5;2,5\n3,5;4,5\n"))
+    table = csv_files.read(write("a;y\n1,5;2,5\n3,5;4,5\n"))
     assert table.columns == {"a": ["1,5", "3,5"], "y": ["2,5", "4,5"]}
     with pytest.raises(DataError, match=r"column 'y' line 2: '2,5' is not a finite number.*with a point"):
         tabular.encode(table, "y", task="regression").transform(table)
@@ -72,14 +72,14 @@ def test_decimal_commas_do_not_mislead_the_delimiter(write):
 )
 def test_unreadable_files_raise_one_clear_error(write, content, message):
     with pytest.raises(DataError, match=message):
-        tabular.read(write(content))
+        csv_files.read(write(content))
 
 
 def test_absent_file_and_directory_raise(tmp_path):
     with pytest.raises(DataError, match="There is no file"):
-        tabular.read(tmp_path / "absent.csv")
+        csv_files.read(tmp_path / "absent.csv")
     with pytest.raises(DataError, match="cannot be read"):
-        tabular.read(tmp_path)
+        csv_files.read(tmp_path)
 
 
 # Encoding
@@ -99,7 +99,7 @@ def test_missing_values_name_column_and_line(write, token):
     path = write(f"a,kind,y\n1,red,1\n2,blue,{token}\n{token},red,3\n4,{token},4\n{token},blue,5\n")
     message = r"4 missing values: column 'y' line 3, column 'a' line 4, column 'kind' line 5, …\."
     with pytest.raises(DataError, match=message):
-        tabular.encode(tabular.read(path), "y")
+        tabular.encode(csv_files.read(path), "y")
 
 
 def test_one_missing_value_in_an_ignored_column_does_not_matter(write):
@@ -111,7 +111,7 @@ def test_one_missing_value_in_an_ignored_column_does_not_matter(write):
 def test_junk_among_numbers_names_column_line_and_value(write, junk):
     path = write(f"a,b,y\n1,2,1\n3,{junk},2\n4,5,3\n")
     with pytest.raises(DataError, match=f"column 'b' line 3: '{junk}' is not a finite number"):
-        tabular.encode(tabular.read(path), "y")
+        tabular.encode(csv_files.read(path), "y")
 
 
 @pytest.mark.parametrize("columns", ["a;y", "y;a"])
@@ -120,7 +120,7 @@ def test_columns_of_decimal_commas_are_no_text(write, columns):
     with pytest.raises(
         DataError, match=rf"column '{columns[0]}' line 2: '0,5' is not a finite number.* with a point \(80 values"
     ):
-        tabular.encode(tabular.read(write(f"{columns}\n{rows}")), "y")
+        tabular.encode(csv_files.read(write(f"{columns}\n{rows}")), "y")
 
 
 def test_classes_may_have_commas_where_they_are_asked_for(write):
@@ -130,18 +130,18 @@ def test_classes_may_have_commas_where_they_are_asked_for(write):
 
 def test_infinite_values_are_called_so(write):
     with pytest.raises(DataError, match=r"'inf' is not a finite number\. Infinite values.*column\.$"):
-        tabular.encode(tabular.read(write("a,y\n1,1\ninf,2\n4,3\n")), "y")
+        tabular.encode(csv_files.read(write("a,y\n1,1\ninf,2\n4,3\n")), "y")
 
 
 def test_junk_in_a_numeric_target_is_not_taken_for_classes(write):
     path = write("a,y\n1,1\n3,oops\n4,3\n")
-    table = tabular.read(path)
+    table = csv_files.read(path)
     with pytest.raises(DataError, match="column 'y' line 3: 'oops'"):
         tabular.encode(table, "y").transform(table)
 
 
 def test_absent_target_names_the_nearest_and_lists_the_columns(write):
-    table = tabular.read(write("length,strength\n1,2\n3,4\n"))
+    table = csv_files.read(write("length,strength\n1,2\n3,4\n"))
     with pytest.raises(
         DataError, match=r"no column 'strenght' \(closest: 'strength'\)\. Its columns: length, strength"
     ):
@@ -155,12 +155,12 @@ def test_absent_target_names_the_nearest_and_lists_the_columns(write):
 def test_too_many_categories_raise(write):
     rows = "".join(f"id{i},{i}\n" for i in range(tabular.MAX_CATEGORIES + 1))
     with pytest.raises(DataError, match="column 'name' has 31 distinct text values, more than the 30"):
-        tabular.encode(tabular.read(write("name,y\n" + rows)), "y")
+        tabular.encode(csv_files.read(write("name,y\n" + rows)), "y")
 
 
 def test_nothing_to_predict_from_raises(write):
     with pytest.raises(DataError, match="no column to predict 'y' from"):
-        tabular.encode(tabular.read(write("a,y\n1,2\n1,3\n")), "y")
+        tabular.encode(csv_files.read(write("a,y\n1,2\n1,3\n")), "y")
 
 
 # Targets
@@ -188,23 +188,23 @@ def test_numeric_targets_are_classes_only_on_request(write):
 def test_impossible_classes_raise(write, labels, message):
     content = "a,y\n" + "".join(f"{i},{label}\n" for i, label in enumerate(labels))
     with pytest.raises(DataError, match=message):
-        tabular.encode(tabular.read(write(content)), "y")
+        tabular.encode(csv_files.read(write(content)), "y")
 
 
 def test_text_target_as_regression_raises(write):
-    table = tabular.read(write("a,y\n1,dog\n2,cat\n"))
+    table = csv_files.read(write("a,y\n1,dog\n2,cat\n"))
     with pytest.raises(DataError, match=r"column 'y' line 2: 'dog' is not a finite number \(and 1 more"):
         tabular.encode(table, "y", task="regression").transform(table)
 
 
 def test_a_single_row_raises(write):
     with pytest.raises(DataError, match="only 1 row of data"):
-        tabular.encode(tabular.read(write("a,y\n1,2\n")), "y")
+        tabular.encode(csv_files.read(write("a,y\n1,2\n")), "y")
 
 
 def test_unknown_task_raises(write):
     with pytest.raises(OptionError, match=r"task='classify' is not known \(closest: 'classification'\)"):
-        tabular.encode(tabular.read(write("a,y\n1,2\n3,4\n")), "y", task="classify")
+        tabular.encode(csv_files.read(write("a,y\n1,2\n3,4\n")), "y", task="classify")
 
 
 # A second file
@@ -212,7 +212,7 @@ def test_unknown_task_raises(write):
 
 def test_test_file_may_order_its_columns_differently(write):
     encoding, X, y = encoded(write("a,kind,y\n1,red,1\n2,blue,2\n"))
-    again = encoding.transform(tabular.read(write("y;kind;a\n1;red;1\n2;blue;2\n", "test.csv")))
+    again = encoding.transform(csv_files.read(write("y;kind;a\n1;red;1\n2;blue;2\n", "test.csv")))
     assert np.array_equal(X, again[0]) and np.array_equal(y, again[1])
 
 
@@ -231,9 +231,9 @@ def test_test_file_may_order_its_columns_differently(write):
 def test_test_file_that_does_not_fit_raises(write, content, message):
     encoding, _, _ = encoded(write("a,kind,y\n1,red,dog\n2,blue,cat\n"))
     with pytest.raises(DataError, match=message):
-        encoding.transform(tabular.read(write(content, "test.csv")))
+        encoding.transform(csv_files.read(write(content, "test.csv")))
 
 
 def test_taking_rows_keeps_their_lines(write):
-    table = tabular.read(write("a,y\n1,5\n2,6\n3,7\n")).take(np.array([2, 0]))
+    table = csv_files.read(write("a,y\n1,5\n2,6\n3,7\n")).take(np.array([2, 0]))
     assert table.columns == {"a": ["3", "1"], "y": ["7", "5"]} and table.lines == [4, 2] and len(table) == 2

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .. import _checks, left_out, predictive, priors, row_blocks, selection, selectors, trees
+from .. import _checks, _weight_checks, left_out, predictive, priors, row_blocks, selection, selectors, trees
 from .._keys import as_seed, children
 from .._typing import Key, Params
 from ..backbones import Backbones
@@ -165,7 +165,7 @@ def make_plan(
     example = jax.ShapeDtypeStruct((1, *prepared.rows.x.shape[1:]), prepared.rows.x.dtype)
     info = network_info(network, example)
     template, _ = jax.eval_shape(network.init, abstract_key(), example)
-    weights = None if given is None else _checks.check_weights_structure(given, template)
+    weights = None if given is None else _weight_checks.check_weights_structure(given, template)
     statistics = getattr(given, "statistics", None)
     priors_sigma, learns_prior = _prior_scale(priors_sigma, template)
     config = None if select_config is None else selection.validate_select_config(select_config, info)
