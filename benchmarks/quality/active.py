@@ -47,8 +47,8 @@ def tasks(settings: Settings) -> list[Task]:
     found = []
     for method, changes in MODELS.items():
         changed = dataclasses.replace(settings, changes={**changes, **settings.changes})
-        room = {"room": True} if changes else {}  # compiled at once for all rows there will be
-        options = options_for("ours", "active", changed, steps=steps, refit=configuration.ACTIVE_REFIT, **room)
+        # With room, all is compiled at once for as many rows as there will be.
+        options = options_for("ours", "active", changed, steps=steps, refit=configuration.ACTIVE_REFIT, room=True)
         found += [
             Task("active", dataset, split, method, options)
             for dataset in TARGETS

@@ -89,10 +89,13 @@ def _has_first_layer(partition: Partition, info: NetworkInfo) -> bool:
     return all(counts.get(leaf, 0) == math.prod(info.shapes[leaf]) for leaf in info.layers[0].leaves)
 
 
-def how_many(network: Network, prepared: Any, wanted: int | str, bayesian: Bayesian) -> int:
+def how_many(
+    network: Network, prepared: Any, wanted: int | str, bayesian: Bayesian, room_for: int | None = None
+) -> int:
     """Number of backbones for each prior scale: what is wanted, or by default more where each is cheap.
 
-    Each leaves out a row, so there are no more of them than rows.
+    Each leaves out a row, so there are no more of them than rows. By default all fits have as many as that of
+    ``room_for`` rows, the most that later ones will have, so that these compile nothing.
     """
     if wanted != "auto":
         return min(int(wanted), prepared.num_rows)
@@ -103,7 +106,8 @@ def how_many(network: Network, prepared: Any, wanted: int | str, bayesian: Bayes
     network = trained_network(network, prepared, SAMPLED_BACKBONES * _FEW_EPOCHS)
     work = epoch_work(network, prepared) * default_epochs(steps, backbones.MOST_EPOCHS) * _SCALES
     affordable = MOST_WORK / max(1.0, work)
-    step, most = backbone_runs.GROUP, SMALL_BACKBONES if prepared.num_rows < SMALL_ROWS else EXACT_BACKBONES
+    small = max(prepared.num_rows, room_for or 0) < SMALL_ROWS
+    step, most = backbone_runs.GROUP, SMALL_BACKBONES if small else EXACT_BACKBONES
     count = np.clip(step * math.floor(affordable / step), SAMPLED_BACKBONES, most)
     return min(int(count), prepared.num_rows)
 

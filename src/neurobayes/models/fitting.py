@@ -179,7 +179,7 @@ def make_plan(
         network, prepared.rows.x, template, choice, config, info, engine, gaussian=type(likelihood) is Gaussian
     )
     single = weights is not None or untrained
-    count = 1 if single else extent.how_many(network, prepared, num_backbones, bayesian)
+    count = 1 if single else extent.how_many(network, prepared, num_backbones, bayesian, room_for)
     return Plan(
         network=network,
         prepared=prepared,
