@@ -208,9 +208,10 @@ class PartialBNN(Predicting):
             choice of Bayesian weights, and go on from its sampler's last state and adaptation, with new rows for
             instance. A short ``num_warmup`` is then enough.
         room_for : the most rows that this and later fits will have, where rows are added a few at a time: everything
-            is compiled for so many at once, and later fits compile nothing as long as the number of backbones (by
-            default another below 128 rows, and below 32 that of the rows) and the rows per step (another above 256)
-            stay as they are. Each then takes about as long as one of so many rows.
+            is compiled for so many at once, and the default number of backbones is that of so many rows. Later fits
+            then compile nothing, from the number of rows on that there are backbones for (16 at most where it is 128
+            or more) and as long as the rows per step stay as they are (others above 256). Each takes about as long as
+            one of so many rows.
         checkpoint_dir : folder in which the run is saved as it goes. The same call after a crash continues it, and
             ends with the draws of an uninterrupted run.
         raise_on_failure : raise instead of warning when the draws should not be trusted.
