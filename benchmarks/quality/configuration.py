@@ -34,8 +34,8 @@ FIRST_LAYERS: dict[str, Any] = {
     "num_backbones": 1,
     "engine": "mclmc",
     "num_chains": 2,
-    "num_warmup": 500,
-    "num_samples": 1000,
+    "num_warmup": 250,
+    "num_samples": 250,
 }
 
 BASELINES: dict[str, dict[str, Any]] = {

@@ -138,13 +138,18 @@ def longest_run(network: Network, prepared: Any, num_backbones: int, *, searched
 
     ``searched`` is whether the prior scale is.
     """
-    scales = _SCALES if searched else 1.0
-    if num_backbones > 1:
-        runs = min(num_backbones, SAMPLED_BACKBONES) * scales
-    else:
-        folds = min(left_out.MAX_FOLDS, max(1, regularisation.FOLD_ROWS // prepared.num_rows))
-        runs = 1 + folds * scales
+    runs = _runs(min(num_backbones, SAMPLED_BACKBONES), prepared.num_rows, _SCALES if searched else 1.0)
     return max(LEAST_EPOCHS, int(MOST_WORK / max(1.0, runs * epoch_work(network, prepared))))
+
+
+def _runs(num_backbones: int, num_rows: int, scales: float) -> float:
+    """Networks trained to the end with so many prior scales: of a single one, also those of the folds that choose.
+
+    ``scales`` is zero where nothing is chosen.
+    """
+    if num_backbones > 1:
+        return num_backbones * max(1.0, scales)
+    return 1 + scales * min(left_out.MAX_FOLDS, max(1, regularisation.FOLD_ROWS // num_rows))
 
 
 def trained_network(network: Network, prepared: Any, epochs: float, batch_size: int | None = None) -> Network:
@@ -161,6 +166,7 @@ def trained_network(network: Network, prepared: Any, epochs: float, batch_size: 
 def of_training(plan: Any, options: PretrainingOptions) -> tuple[Network, int]:
     """The network as the training of a plan applies it, and the epochs that are affordable where none are given."""
     searched = options.sigma == "auto"
-    epochs = plan.num_backbones * (_SCALES if searched else 1) * (options.epochs or _FEW_EPOCHS)
+    scales = _SCALES if searched else float(options.epochs is None)
+    epochs = _runs(plan.num_backbones, plan.prepared.num_rows, scales) * (options.epochs or _FEW_EPOCHS)
     network = trained_network(plan.network, plan.prepared, epochs, options.batch_size)
     return network, longest_run(network, plan.prepared, plan.num_backbones, searched=searched)
