@@ -285,6 +285,22 @@ class TestExtent:
         searched, given = (extent.longest_run(network, prepared, 4, searched=s) for s in (True, False))
         assert given == pytest.approx(2 * searched, rel=0.01)  # one run in place of half of four
 
+    @pytest.mark.parametrize(
+        ("num_backbones", "epochs", "sigma", "expected"),
+        [(1, 10, 1.0, 10), (1, 10, "auto", 30), (1, None, 1.0, 200), (4, 10, 1.0, 40), (4, 10, "auto", 80)],
+    )
+    def test_epochs_of_all_networks_are_counted(self, num_backbones, epochs, sigma, expected, monkeypatch):
+        """With a single fold beside a single network, and half of four prior scales trained to the end."""
+        seen = []
+        monkeypatch.setattr(
+            extent, "trained_network", lambda network, prepared, number, size: seen.append(number) or network
+        )
+        plan = SimpleNamespace(
+            network=as_network(nb.FlaxMLP([4], 1)), prepared=self.prepared(10**6), num_backbones=num_backbones
+        )
+        extent.of_training(plan, PretrainingOptions(epochs=epochs, sigma=sigma))
+        assert seen == [expected]
+
     def test_work_is_counted(self):
         """Two products of matrices, forwards and twice backwards, and little else."""
         work = extent.epoch_work(as_network(nb.FlaxMLP([512, 512], 1)), self.prepared(100))
