@@ -14,6 +14,7 @@ from neurobayes.errors import TrainingError
 from neurobayes.likelihoods import Categorical, Gaussian
 from neurobayes.models import extent
 from neurobayes.networks import as_network
+from neurobayes.partition import Partition
 from neurobayes.predictive import deterministic_outputs
 from neurobayes.pretraining import PretrainingOptions
 from neurobayes.schedules import AveragingConfig
@@ -279,6 +280,15 @@ class TestExtent:
         work = extent.epoch_work(wide, self.prepared(10**5))
         runs = 1 + 2 if num_backbones == 1 else 2 * min(num_backbones, 4)  # half of four scales'
         assert longest[1] == pytest.approx(extent.MOST_WORK / (runs * work), rel=0.05)
+
+    def test_with_room_the_number_of_backbones_is_that_of_all_rows(self):
+        """Also that which a costly network can afford."""
+        wide = as_network(nb.FlaxMLP([512, 512], 1))
+        exact = extent.Bayesian(513, Partition((), ()))
+        few, many = (extent.how_many(wide, self.prepared(n), "auto", exact) for n in (200, 50_000))
+        assert few > many == extent.SAMPLED_BACKBONES
+        roomy = [extent.how_many(wide, self.prepared(n), "auto", exact, room_for=50_000) for n in (200, 50_000)]
+        assert roomy == [many, many]
 
     def test_a_given_prior_scale_leaves_more_epochs(self):
         network, prepared = as_network(nb.FlaxMLP([64, 64], 1)), self.prepared(10**5)

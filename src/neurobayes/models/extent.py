@@ -102,31 +102,34 @@ def how_many(
     if bayesian.exact is None:
         few = bayesian.size > MANY_SAMPLED
         return min(2 if few else SAMPLED_BACKBONES, prepared.num_rows)
-    steps = -(-prepared.num_rows // (default_batch_size(prepared.num_rows, None) or prepared.num_rows))
+    rows = max(prepared.num_rows, room_for or 0)
+    steps = -(-rows // (default_batch_size(rows, None) or rows))
     network = trained_network(network, prepared, SAMPLED_BACKBONES * _FEW_EPOCHS)
-    work = epoch_work(network, prepared) * default_epochs(steps, backbones.MOST_EPOCHS) * _SCALES
+    work = _row_work(network, prepared) * rows * default_epochs(steps, backbones.MOST_EPOCHS) * _SCALES
     affordable = MOST_WORK / max(1.0, work)
-    small = max(prepared.num_rows, room_for or 0) < SMALL_ROWS
-    step, most = backbone_runs.GROUP, SMALL_BACKBONES if small else EXACT_BACKBONES
+    step, most = backbone_runs.GROUP, SMALL_BACKBONES if rows < SMALL_ROWS else EXACT_BACKBONES
     count = np.clip(step * math.floor(affordable / step), SAMPLED_BACKBONES, most)
     return min(int(count), prepared.num_rows)
 
 
 def epoch_work(network: Network, prepared: Any) -> float:
     """Floating-point operations of an epoch of one network, forwards and backwards."""
+    return _row_work(network, prepared) * prepared.num_rows
+
+
+def _row_work(network: Network, prepared: Any) -> float:
+    """Floating-point operations of a row in an epoch: the mean of those of a batch, where not all cost the same."""
     x = prepared.rows.x
-    if isinstance(network, ShortRows):
-        row_work = sum(
-            (end - begin) / BATCH_ROWS * _row_work(network.network, (1, width), x.dtype)
-            for begin, end, width in network.blocks(BATCH_ROWS)
-        )
-    else:
-        row_work = _row_work(network, (1, *x.shape[1:]), x.dtype)
-    return 3.0 * row_work * prepared.num_rows
+    if not isinstance(network, ShortRows):
+        return 3.0 * _applying(network, (1, *x.shape[1:]), x.dtype)
+    return 3.0 * sum(
+        (end - begin) / BATCH_ROWS * _applying(network.network, (1, width), x.dtype)
+        for begin, end, width in network.blocks(BATCH_ROWS)
+    )
 
 
 @functools.lru_cache(maxsize=64)
-def _row_work(network: Network, shape: tuple[int, ...], dtype: Any) -> float:
+def _applying(network: Network, shape: tuple[int, ...], dtype: Any) -> float:
     row = jax.ShapeDtypeStruct(shape, dtype)
     params, state = jax.eval_shape(network.init, abstract_key(), row)
     analysis = jax.jit(network.apply).lower(params, state, row).cost_analysis()
