@@ -6,7 +6,7 @@ import numpy as np
 from ._compiling import QuickJit
 from ._typing import Array, Key
 
-_AT_ONCE = 32
+_AT_ONCE = 256
 
 
 def children(key: Key, number: int) -> list[Key]:

@@ -199,11 +199,12 @@ def compile_ahead(
     noise_std: np.ndarray,
     options: PretrainingOptions,
     num_backbones: int,
+    num_rows: int,
     most_epochs: int = MOST_EPOCHS,
 ) -> None:
-    """Compile what ``train_backbones`` will train groups of members with."""
+    """Compile what ``train_backbones`` will train groups of members with, on ``num_rows`` of ``rows``."""
     real = np.asarray(rows.real, np.float32)
-    program, _ = plan_training(network, likelihood, int(real.sum()), options, most_epochs)
+    program, _ = plan_training(network, likelihood, num_rows, options, most_epochs)
     size = min(group_size(program, rows.x), num_backbones)
     settings = training.Settings(
         np.tile(real, (size, 1)), np.float32(1.0), np.asarray(noise_std, np.float32), np.int32(0)

@@ -141,15 +141,15 @@ def _standardized(values: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.n
         return (np.asarray(values, dtype=np.float64) - mean) / std
 
 
-def bucket_size(n: int) -> int:
+def bucket_size(n: int, sizes: int = 8) -> int:
     """The smallest size of a geometric grid that holds ``n`` rows.
 
-    Sizes are the multiples of an eighth of the power of two below, at least 8:
-    a compiled program serves all row counts of a bucket, at most 12.5 % of its
-    rows are padding (from 8 rows on), and each doubling of ``n`` has 8 sizes.
+    Grid points are the multiples of one in ``sizes`` (a power of two) of the power of two below, at least 8: a compiled
+    program serves all row counts of a bucket, each doubling of ``n`` has ``sizes`` of them, and at most one in
+    ``sizes`` of the rows is padding (from 8 rows on).
     """
     n = max(int(n), 8)
-    step = 1 << (n.bit_length() - 4)
+    step = max(1, (1 << (n.bit_length() - 1)) // sizes)
     return -(-n // step) * step
 
 

@@ -355,13 +355,13 @@ def _twin(source: Source, hoisted: Hoisted, block: np.ndarray) -> Hoisted:
 
 
 def _row_blocks(x: np.ndarray, rows: int):
-    """Blocks of ``rows`` rows, or of a bucket size where there are fewer, each with its number of real rows.
+    """Blocks of ``rows`` rows, a power of two, or of a smaller one where there are fewer, each with its real rows.
 
-    The last of several blocks is as long as the others: a pool that shrinks row by row then compiles nothing.
+    The last of several blocks is as long as the others: a pool that shrinks row by row compiles hardly anything.
     """
     for first in range(0, len(x), rows):
         block = x[first : first + rows]
-        size = rows if len(x) > rows else min(data.bucket_size(len(block)), max(rows, 8))
+        size = rows if len(x) > rows else min(max(8, 1 << (len(block) - 1).bit_length()), max(rows, 8))
         yield data.pad_rows(block, size), len(block)
 
 

@@ -123,10 +123,11 @@ def compile_ahead(
     rows: training.Rows,
     noise_std: np.ndarray,
     options: PretrainingOptions,
+    num_rows: int,
     most_epochs: int = DEFAULT_EPOCHS,
 ) -> None:
-    """Compile what ``pretrain`` will train with; where a search needs another program than the final run, its."""
-    program, _ = plan_training(network, likelihood, int(np.asarray(rows.real).sum()), options, most_epochs)
+    """Compile what ``pretrain`` will train ``num_rows`` of ``rows`` with; of a search and a final run the search's."""
+    program, _ = plan_training(network, likelihood, num_rows, options, most_epochs)
     searched, averages = options.sigma == "auto" or options.epochs is None, options.averaging is not None
     if searched:
         program, averages = regularisation.search_program(program), False

@@ -494,16 +494,6 @@ class TestNumber:
         more = [np.resize(values, (extent.SMALL_ROWS, *values.shape[1:])) for values in data]
         assert len(fit(*more, options=options).backbones.members) == extent.EXACT_BACKBONES
 
-    def test_with_room_there_are_as_many_as_of_all_rows_and_later_fits_compile_nothing(self, data, count_compilations):
-        options = {**EXACT, "sgd_epochs": 2, "map_sigma": 1.0, "room_for": extent.SMALL_ROWS}
-        X, y = (np.resize(values, (extent.SMALL_ROWS, *values.shape[1:])) for values in data)
-        model = fit(X[:40], y[:40], options=options)
-        assert len(model.backbones.members) == extent.EXACT_BACKBONES
-        with count_compilations() as compiled:
-            for rows in (41, 60, extent.SMALL_ROWS):
-                assert len(fit(X[:rows], y[:rows], options=options, model=model).backbones.members) == 16
-        assert compiled.number == 0
-
     def test_one_warns_and_is_never_calibrated(self, data):
         options = {**EXACT, "map_sigma": 1.0, "sgd_epochs": 5}
         one = nb.PartialBNN(nb.FlaxMLP([8], 1), num_backbones=1)

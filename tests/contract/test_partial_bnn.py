@@ -141,30 +141,6 @@ def test_five_percent_more_rows_compile_nothing(mlp, regression, short, count_co
     assert compiled.number == 0 and model.predict(more[0])[0].shape == (63,)
 
 
-def test_rows_that_have_been_made_room_for_compile_nothing(mlp, regression, short, count_compilations):
-    """Active learning: as many as are added, one by one or many at once."""
-    X, y = regression
-    model = nb.PartialBNN(mlp, **LAST, num_backbones=1).fit(X[:20], y[:20], **short, room_for=60)
-    model.predict(X)
-    with count_compilations() as compiled:
-        for size in (21, 22, 35, 60):
-            model.fit(X[:size], y[:size], **short, room_for=60)
-    assert compiled.number == 0
-
-
-def test_room_changes_the_draws_by_rounding_only(fitted, mlp, regression, short):
-    X, y = regression
-    roomy = nb.PartialBNN(mlp, **LAST, num_backbones=1).fit(X, y, **short, rng_key=jax.random.key(0), room_for=200)
-    assert roomy._fitted.capacity >= 200 > fitted._fitted.capacity
-    np.testing.assert_allclose(roomy.predict(X)[0], fitted.predict(X)[0], rtol=1e-3, atol=1e-3 * np.std(y))
-
-
-@pytest.mark.parametrize("room", [59, 0, 60.5, "60"])
-def test_room_for_too_few_rows_is_an_error(mlp, regression, short, room):
-    with pytest.raises(nb.errors.OptionError, match="room_for"):
-        nb.PartialBNN(mlp, **LAST, num_backbones=1).fit(*regression, **short, room_for=room)
-
-
 def test_a_failed_fit_leaves_the_model_as_it_was(fitted, regression, short):
     model = copy.copy(fitted)
     X, y = regression

@@ -141,13 +141,17 @@ def test_survives_pickle_and_json_exactly(tokens):
         np.testing.assert_array_equal(value, getattr(scaling, name))
 
 
-def test_buckets_hold_the_rows_with_little_waste():
-    sizes = [bucket_size(n) for n in range(8, 5000)]
+@pytest.mark.parametrize("number", [8, 32])
+def test_buckets_hold_the_rows_with_little_waste(number):
+    sizes = [bucket_size(n, number) for n in range(8, 5000)]
     for n, size in enumerate(sizes, start=8):
-        assert n <= size <= 1.125 * n
-        assert bucket_size(size) == size
+        assert n <= size <= (1 + 1 / number) * n
+        assert bucket_size(size, number) == size
     assert sizes == sorted(sizes)
-    assert len(set(sizes)) <= 8 * (np.log2(5000 / 8) + 1)
+    assert len(set(sizes)) <= number * (np.log2(5000 / 8) + 1)
+
+
+def test_buckets_by_default():
     assert [bucket_size(n) for n in (0, 1, 8, 100, 1000, 1_000_000)] == [8, 8, 8, 104, 1024, 1_048_576]
     assert type(bucket_size(np.int32(17))) is int
 

@@ -11,7 +11,7 @@ def _words(keys):
     return np.stack([np.asarray(jax.random.key_data(key)) for key in keys])
 
 
-@pytest.mark.parametrize("number", [1, 3, 16, 40])
+@pytest.mark.parametrize("number", [1, 3, 16, 40, 300])
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 def test_children_are_those_of_split(number, impl):
     key = jax.random.key(5, impl=impl)
@@ -26,7 +26,8 @@ def test_any_usual_number_has_one_program(caplog):
     key = jax.random.key(1)
     _keys.children(key, 2)
     with jax.log_compiles(), caplog.at_level("WARNING"):
-        _keys.children(key, 17)
+        for number in (17, 66, 130):  # of all backbones of several prior scales
+            _keys.children(key, number)
     assert [r.message for r in caplog.records if "Finished XLA compilation" in r.message] == []
 
 

@@ -242,7 +242,7 @@ def _padded_size(num_rows: int, earlier: tuple[int, int] | None, room_for: int |
                 f"room_for={room_for} is less than the {num_rows} rows of X. Give the most rows that any of the fits "
                 "to come will have, or leave it out."
             )
-        return data.bucket_size(room_for)
+        return data.bucket_size(room_for, 32)  # that of all fits, so it may well be a size of its own
     if earlier is not None and earlier[0] < num_rows <= earlier[1]:
         return earlier[1]
     if earlier is not None and earlier[0] < num_rows < GROWTH * earlier[0]:

@@ -15,7 +15,7 @@ from ..backbones import Backbones
 from ..checkpoint import Checkpoint
 from ..errors import CalibrationWarning, ConvergenceWarning, OptionError, UnitsWarning
 from ..networks.base import Network
-from ..pretraining import DEFAULT_EPOCHS, Pretrained, PretrainingOptions, pretrain
+from ..pretraining import DEFAULT_EPOCHS, Pretrained, PretrainingOptions, default_batch_size, pretrain
 from . import extent, resuming
 from .base import Prepared, abstract_key, compressed
 from .progress import Report
@@ -103,23 +103,25 @@ def train(
 def compile_ahead(plan: Any, key: Key, options: PretrainingOptions) -> bool:
     """Start to compile what ``train`` will run, on a core that is free for it, and say whether that was done.
 
-    ``key`` may be any.
+    So is what it will run with as many rows as there is room for, whose batches may be others. ``key`` may be any.
     """
     trains = plan.warm is None and plan.weights is None and not plan.untrained
     if not trains or not regularisation.one_by_one():
         return False
     options = dataclasses.replace(options, track_statistics=plan.needs_statistics)
-    rows, noise = plan.prepared.rows, _assumed_noise(plan)
     network, longest = extent.of_training(plan, options)
-    if plan.num_backbones > 1:
-        beside(lambda: backbones.compile_ahead(
-            network, plan.likelihood, key, rows, noise, options, plan.num_backbones,
-            min(backbones.MOST_EPOCHS, longest),
-        ))  # fmt: skip
-    else:
-        beside(lambda: pretraining.compile_ahead(
-            network, plan.likelihood, key, rows, noise, options, min(DEFAULT_EPOCHS, longest)
-        ))  # fmt: skip
+    common = network, plan.likelihood, key, plan.prepared.rows, _assumed_noise(plan), options
+    by_batch = {default_batch_size(n, options.batch_size): n for n in (plan.most_rows, plan.prepared.num_rows)}
+
+    def compile_all() -> None:
+        for num_rows in reversed(by_batch.values()):  # those that are there first
+            if plan.num_backbones > 1:
+                epochs = min(backbones.MOST_EPOCHS, longest)
+                backbones.compile_ahead(*common, plan.num_backbones, num_rows, epochs)
+            else:
+                pretraining.compile_ahead(*common, num_rows, min(DEFAULT_EPOCHS, longest))
+
+    beside(compile_all)
     return True
 
 

@@ -103,6 +103,7 @@ class Plan:
     num_backbones: int
     exact: Partition | None
     from_inputs: bool
+    most_rows: int
     noise_varies: bool
     may_compress: bool = False
     untrained: bool = False
@@ -198,6 +199,7 @@ def make_plan(
         num_backbones=count,
         exact=bayesian.exact,
         from_inputs=bayesian.from_inputs,
+        most_rows=max(prepared.num_rows, room_for or 0),
         noise_varies=noise == "varying",
         may_compress=standardize == "auto" and not single,
         untrained=untrained,

@@ -209,9 +209,8 @@ class PartialBNN(Predicting):
             instance. A short ``num_warmup`` is then enough.
         room_for : the most rows that this and later fits will have, where rows are added a few at a time: everything
             is compiled for so many at once, and the default number of backbones is that of so many rows. Later fits
-            then compile nothing, once there are as many rows as backbones (16 of 128 rows or more, else 32) and as
-            long as the rows per step stay as they are (others above 256), but where another number of prior scales is
-            kept than before. Each takes about as long as one of so many rows.
+            then compile nothing, once there are as many rows as backbones (16 of 128 rows or more, else 32). Each takes
+            about as long as one of so many rows.
         checkpoint_dir : folder in which the run is saved as it goes. The same call after a crash continues it, and
             ends with the draws of an uninterrupted run.
         raise_on_failure : raise instead of warning when the draws should not be trusted.

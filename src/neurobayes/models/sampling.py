@@ -13,6 +13,7 @@ import numpy as np
 from .. import _checks, log_density, predictive
 from .._typing import Key
 from ..checkpoint import Checkpoint
+from ..data import bucket_size, pad_rows
 from ..diagnostics import Diagnostics, diagnose, effective_sample_size, split_r_hat
 from ..errors import OptionError, unknown_choice
 from ..inference.base import Engine, RunControl
@@ -28,6 +29,10 @@ NO_TREE = 60
 """Tree depth that no run reaches, for engines whose draws are made without one."""
 
 USUAL_TREE_DEPTH = 10
+
+LEAST_PADDED_DRAWS = 512
+"""Draws of a backbone are padded to so many: how many there are depends on how many backbones take part, and one
+program should serve all numbers."""
 
 DEFAULT_SAMPLES = 1000
 LEAST_SAMPLES = 8
@@ -192,7 +197,8 @@ def with_draws(source: Source, density: log_density.LogDensity, draws: np.ndarra
     theta, unconstrained = draws[:, : density.form.num_theta], draws[:, density.form.num_theta :]
     if not density.form.num_noise:
         return source._replace(theta=theta, noise_std=np.zeros((len(draws), 0), np.float32))
-    noise_std = np.asarray(log_density.constrain_noise(unconstrained, density.terms.noise_prior))
+    padded = pad_rows(unconstrained, bucket_size(max(len(draws), LEAST_PADDED_DRAWS)))
+    noise_std = np.asarray(log_density.constrain_noise(padded, density.terms.noise_prior))[: len(draws)]
     return source._replace(theta=theta, noise_std=noise_std)
 
 
